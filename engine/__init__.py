@@ -1,0 +1,1 @@
+"""engine: opens an mlcbuild package and generates text from it, in process or over HTTP."""

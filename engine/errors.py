@@ -1,0 +1,53 @@
+"""Every error that the engine raises, each mapped once to an HTTP status.
+
+    EngineError                 500
+    ├── PackageInvalid          500  the package is incomplete, altered or built for something else
+    ├── InvalidRequest          400  a request that can never succeed as it is
+    │   └── (context overflow is an InvalidRequest with code context_length_exceeded)
+    ├── Overloaded              429  the queue is full; try again later
+    └── EngineStopped           503  the engine is shutting down or has died
+"""
+
+from __future__ import annotations
+
+
+class EngineError(Exception):
+    """Base of all engine errors: `message` says what, `hint` what to do, `code` is OpenAI's error code."""
+
+    status = 500
+    kind = "server_error"
+
+    def __init__(self, message: str, *, hint: str = "", code: str | None = None, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.code = code
+        self.param = param
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  hint: {self.hint}" if self.hint else self.message
+
+
+class PackageInvalid(EngineError):
+    """The package is incomplete, altered, or built for another TVM, ABI or processor."""
+
+
+class InvalidRequest(EngineError):
+    """A request that can never succeed as it is."""
+
+    status = 400
+    kind = "invalid_request_error"
+
+
+class Overloaded(EngineError):
+    """The queue is full."""
+
+    status = 429
+    kind = "rate_limit_error"
+
+
+class EngineStopped(EngineError):
+    """The engine is shutting down or has died."""
+
+    status = 503
+    kind = "server_error"
