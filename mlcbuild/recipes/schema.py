@@ -120,7 +120,9 @@ class Quantization(Recipe):
     bits: int = Field(ge=1, le=32, description="bits of one stored weight")
     group_size: int | None = Field(default=None, gt=0, description="weights that share a scale")
     dtype: Literal["float16", "float32"] = Field(description="plain weights, scales, norms and KV pages")
-    activations: Literal["int8", "float32"] = Field(default="float32", description="what CPU matmuls may round inputs to")
+    activations: Literal["int8", "float32"] = Field(
+        default="float32", description="what CPU matmuls may round inputs to"
+    )
     parameters: dict[str, int | float | str] = Field(default_factory=dict, description="keys of the method's own")
 
 
