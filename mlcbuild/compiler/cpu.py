@@ -1,0 +1,240 @@
+"""Lowering to CPUs: our own TIR kernels, float32 activations between them, and a KV cache of plain tensors.
+
+Sources of the design: the weight layout decides the matmul (`x86-vnni-16x64`: int8 activations and VNNI dot products;
+`rows16`: float32 activations, any processor). Residuals and KV pages are updated in place; each in-place result is
+threaded through as a value, so that no pass can reorder or drop it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from tvm import tirx
+from tvm.relax.frontend import nn
+from tvm.relax.frontend.nn import Tensor, op
+
+from mlcbuild.compiler.kernels import attention, elementwise, embedding, linear_rows16, linear_vnni, quantize_rows
+from mlcbuild.compiler.lowering import PAGE_SIZE, AttentionShape, Program
+from mlcbuild.errors import CompileError
+from mlcbuild.quantization import get_layout
+from mlcbuild.recipes.schema import Limits, Quantization, Target
+
+VNNI = "x86-vnni-16x64"
+
+_kernels: dict[str, tirx.PrimFunc] = {}
+
+
+def _kernel(make: Callable[..., tirx.PrimFunc], *args: Any, **options: Any) -> tirx.PrimFunc:
+    """One PrimFunc object per distinct kernel, so that Relax shares it between the layers."""
+    key = f"{make.__module__}.{make.__name__}{args}{options}"
+    if key not in _kernels:
+        _kernels[key] = make(*args, **options)
+    return _kernels[key]
+
+
+def _out(shape: Sequence[Any], dtype: str = "float32") -> Tensor:
+    return Tensor.placeholder(list(shape), dtype)
+
+
+class Linear(nn.Module):
+    """x W^T over packed weights; the parameters are those of the layout."""
+
+    def __init__(self, out_features: int, in_features: int, q: Quantization, layout: str, bias: bool) -> None:
+        super().__init__()
+        self.shape, self.q, self.layout = (out_features, in_features), q, layout
+        self.packed = list(get_layout(layout).storage(q, self.shape))
+        for suffix, spec in get_layout(layout).storage(q, self.shape).items():
+            setattr(self, suffix, nn.Parameter(spec.shape, spec.dtype))
+        self.bias = nn.Parameter((out_features,), "float32") if bias else None
+
+    def weights(self) -> list[Tensor]:
+        """The packed tensors in the order of the kernels' arguments."""
+        return [getattr(self, suffix) for suffix in self.packed]
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        (rows, columns), n = self.shape, x.shape[0]
+        has = {"bias": self.bias is not None, "residual": residual is not None}
+        if self.layout == VNNI:
+            kernel, inputs = _kernel(linear_vnni.make_linear, rows, columns, **has), self._quantized(x)
+        else:
+            kernel, inputs = _kernel(linear_rows16.make_linear, rows, columns, self.q, **has), [x]
+        args = [*self.weights(), *inputs] + ([self.bias] if self.bias is not None else [])
+        name, y = f"linear_{rows}x{columns}", _out([n, -(-rows // 16) * 16])
+        if residual is None:
+            return op.tensor_ir_op(kernel, name, args, y)
+        return op.tensor_ir_inplace_op(kernel, f"{name}_add", [*args, residual], len(args), y)
+
+    def _quantized(self, x: Tensor) -> list[Tensor]:
+        columns, n = self.shape[1], x.shape[0]
+        entries = quantize_rows.padded_rows(n) * quantize_rows.groups(columns)
+        out = [_out([entries * 32], "int8"), _out([entries]), _out([entries], "int32")]
+        return list(op.tensor_ir_op(_kernel(quantize_rows.make_quantize_rows, columns), f"quantize_{columns}", [x], out))
+
+
+class Embedding(Linear):
+    """A matrix that is looked up by row and, when tied, used as the head too."""
+
+    def forward(self, ids: Tensor, residual: Tensor | None = None) -> Tensor:
+        vocab, hidden = self.shape
+        if self.layout == VNNI:
+            kernel = embedding.make_embedding_vnni(vocab, hidden)
+        else:
+            kernel = embedding.make_embedding_rows16(vocab, hidden, self.q)
+        return op.tensor_ir_op(kernel, "embedding", [ids, *self.weights()], _out([ids.shape[0], hidden]))
+
+    def logits(self, h: Tensor) -> Tensor:
+        """h W^T: float32 [n, vocab rounded up to 16]."""
+        return Linear.forward(self, h)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.hidden_size, self.eps = hidden_size, eps
+        self.weight = nn.Parameter((hidden_size,), "float32")
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel = _kernel(elementwise.make_rms_norm, self.hidden_size, self.eps)
+        return op.tensor_ir_op(kernel, "rms_norm", [x, self.weight], _out(x.shape))
+
+
+class TensorCache:
+    """The KV cache of one call: the pages as they are after the last append, and where each token goes."""
+
+    def __init__(self, heads: attention.Heads, pages: Tensor, where: list[Tensor], rope: Tensor) -> None:
+        self.heads, self.pages, self.where, self.rope = heads, pages, where, rope
+        self.append, self.attend = _kernel(attention.make_rope_append, heads), _kernel(attention.make_attention, heads)
+
+    def attention(self, layer: int, qkv: Tensor) -> Tensor:
+        """See lowering.Cache."""
+        where = [*self.where, tirx.IntImm("int64", layer)]
+        out = [_out(qkv.shape), _out(self.pages.shape, self.heads.dtype)]
+        # the old pages must never be read again: the append wrote into the same memory
+        qkv, self.pages = op.tensor_ir_inplace_op(
+            self.append, "rope_append", [qkv, self.pages, self.rope, *where], [0, 1], out
+        )
+        y = _out([qkv.shape[0], self.heads.heads * self.heads.head_dim])
+        return op.tensor_ir_op(self.attend, "attention", [qkv, self.pages, *where], y)
+
+
+class CpuProgram(nn.Module):
+    """The exported functions; `pages` is updated in place and also returned."""
+
+    def __init__(self, network: nn.Module, shape: AttentionShape, hidden_size: int, kv_dtype: str) -> None:
+        super().__init__()
+        self.network, self.hidden_size = network, hidden_size
+        self.heads = attention.Heads(shape.layers, shape.heads, shape.kv_heads, shape.head_dim, kv_dtype)
+        frequencies = elementwise.inverse_frequencies(shape.head_dim, shape.rope_theta, shape.rope_scaling)
+        self.frequencies = np.ascontiguousarray(frequencies)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """int32 [n] -> float32 [n, hidden]."""
+        return self.network.embed(input_ids)
+
+    def batch_prefill(
+        self, input_embeds: Tensor, logit_positions: Tensor, positions: Tensor, rows: Tensor, table: Tensor, pages: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Any mix of sequences; logits of the tokens `logit_positions` (int32 [b]) only."""
+        h, pages = self._layers(input_embeds, positions, rows, table, pages)
+        kernel = _kernel(elementwise.make_take_rows, self.hidden_size)
+        h = op.tensor_ir_op(kernel, "take_rows", [h, logit_positions], _out([logit_positions.shape[0], self.hidden_size]))
+        return self.network.logits(h), pages
+
+    def batch_decode(
+        self, input_embeds: Tensor, positions: Tensor, rows: Tensor, table: Tensor, pages: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Logits of every token."""
+        h, pages = self._layers(input_embeds, positions, rows, table, pages)
+        return self.network.logits(h), pages
+
+    def batch_verify(
+        self, input_embeds: Tensor, positions: Tensor, rows: Tensor, table: Tensor, pages: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Logits of every token of several drafts; on the CPU the same computation as batch_decode."""
+        return self.batch_decode(input_embeds, positions, rows, table, pages)
+
+    def _layers(self, h: Tensor, positions: Tensor, rows: Tensor, table: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:
+        d = self.heads.head_dim
+        frequencies = Tensor.from_const(self.frequencies)
+        rope = op.tensor_ir_op(_kernel(elementwise.make_rope_table, d), "rope_table", [positions, frequencies], _out([positions.shape[0], d]))
+        kv = TensorCache(self.heads, pages, [positions, rows, table], rope)
+        return self.network(h, kv), kv.pages
+
+    def spec(self) -> nn.spec.ModuleSpec:
+        """Symbolic sizes: n tokens, b rows of logits, sequences x max_pages of the page table, page_count."""
+        h, packed = self.heads, {"param_mode": "packed", "effect_mode": "none"}
+        ids = nn.spec.Tensor(["n"], "int32")
+        paged = {
+            "positions": ids,
+            "rows": ids,
+            "table": nn.spec.Tensor(["sequences", "max_pages"], "int32"),
+            "pages": nn.spec.Tensor([h.layers, "page_count", 2, h.kv_heads, PAGE_SIZE, h.head_dim], h.dtype),
+            "$": packed,
+        }
+        embeds = {"input_embeds": nn.spec.Tensor(["n", self.hidden_size], "float32")}
+        functions = {
+            "embed": {"input_ids": ids, "$": packed},
+            "batch_prefill": {**embeds, "logit_positions": nn.spec.Tensor(["b"], "int32"), **paged},
+            "batch_decode": {**embeds, **paged},
+            "batch_verify": {**embeds, **paged},
+        }
+        return nn.spec.ModuleSpec.from_raw(functions, self)
+
+
+class CpuLowering:
+    """See lowering.Lowering."""
+
+    def __init__(self, quantization: Quantization, layout: str) -> None:
+        self.q, self.layout = quantization, layout
+
+    def linear(self, in_features: int, out_features: int, bias: bool = False) -> nn.Module:
+        return Linear(out_features, in_features, self.q, self.layout, bias)
+
+    def embedding(self, vocab_size: int, hidden_size: int) -> nn.Module:
+        return Embedding(vocab_size, hidden_size, self.q, self.layout, False)
+
+    def rms_norm(self, hidden_size: int, eps: float) -> nn.Module:
+        return RMSNorm(hidden_size, eps)
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        n, width = gate_up.shape[0], int(gate_up.shape[1]) // 2
+        return op.tensor_ir_op(_kernel(elementwise.make_silu_mul, width), "silu_mul", [gate_up], _out([n, width]))
+
+    def export(self, model: nn.Module, shape: AttentionShape, hidden_size: int, limits: Limits) -> Program:
+        """See lowering.Lowering; raises CompileError for a shape that the kernels cannot hold."""
+        check_shape(shape, hidden_size)
+        program = CpuProgram(model, shape, hidden_size, self.q.dtype)
+        module, named = program.export_tvm(spec=program.spec())[:2]
+        params = [(n.removeprefix("network."), tuple(int(s) for s in p.shape), str(p.dtype)) for n, p in named]
+        kv = {
+            "kind": "tensor",
+            "dtype": self.q.dtype,
+            "layers": shape.layers,
+            "kv_heads": shape.kv_heads,
+            "page_size": PAGE_SIZE,
+            "head_dim": shape.head_dim,
+        }
+        return Program(module, params, kv, {"n": limits.prefill_chunk, "b": limits.prefill_chunk})
+
+
+def check_shape(shape: AttentionShape, hidden_size: int) -> None:
+    """Raise CompileError where a width is not a multiple of what the kernels' vectors need."""
+    if shape.head_dim % 32:
+        raise CompileError(
+            f"head_dim {shape.head_dim} is not a multiple of 32, which the CPU attention kernels need",
+            hint="build this model for a GPU target, or open an issue naming the model",
+        )
+    if hidden_size % 32:
+        raise CompileError(
+            f"hidden_size {hidden_size} is not a multiple of 32, which the CPU matmul kernels need",
+            hint="build this model for a GPU target, or open an issue naming the model",
+        )
+
+
+def make_lowering(target: Target, quantization: Quantization, layout: str) -> CpuLowering:
+    """See lowering.make_lowering."""
+    return CpuLowering(quantization, layout)

@@ -1,0 +1,218 @@
+"""Paged attention on the CPU: rotate and append, then causal attention straight over the pages.
+
+Pages are one tensor [layers, pages, 2, kv_heads, 16, head_dim] of float16 or float32. A V page is [16][head_dim]; a K
+page holds the same bytes as [head_dim][16], so that one vector is sixteen positions and scores need no horizontal sum.
+`rows[m]` is the line of token m in the page table, `positions[m]` its place in the sequence.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
+
+from mlcbuild.compiler.kernels import tir
+from mlcbuild.compiler.kernels.tir import I32, Accumulator, Expr, f32, fma, put, put2, spread, to_f32, vec, vec2
+
+PAGE = 16
+TOKENS = 4  # consecutive tokens of one sequence that share each load of K
+AHEAD = 4  # pages asked for in advance: one is too short, more is no better
+REGISTERS = 16  # vectors of partial sums that a loop keeps
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Shape of one attention layer and the dtype of its pages."""
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: str
+
+    @property
+    def width(self) -> int:
+        """Columns of the fused q/k/v rows."""
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
+
+    @property
+    def shared(self) -> int:
+        """Query heads per key/value head."""
+        return self.heads // self.kv_heads
+
+
+def _pages(h: Heads) -> Expr:
+    return tir.arg("pages", (h.layers, tir.size("page_count"), 2, h.kv_heads, PAGE, h.head_dim), h.dtype)
+
+
+def _where() -> tuple[Expr, Expr, Expr, Expr]:
+    """positions, rows, table and the layer number; the table's width bounds the pages of a sequence."""
+    n = tir.size("n")
+    positions, rows = tir.arg("positions", (n,), "int32"), tir.arg("rows", (n,), "int32")
+    table = tir.arg("table", (tir.size("sequences"), tir.size("max_pages")), "int32")
+    return positions, rows, table, T.arg("layer", T.int64())
+
+
+def make_rope_append(h: Heads) -> tirx.PrimFunc:
+    """(qkv f32 [n, width] in place, pages in place, rope f32 [n, d], positions, rows, table, layer)."""
+    d, half = h.head_dim, h.head_dim // 2
+    per_line = d // PAGE  # head dimensions of a K page that share one line of the tensor
+
+    def body() -> None:
+        n = tir.size("n")
+        qkv, pages = tir.arg("qkv", (n, h.width), "float32"), _pages(h)
+        rope = tir.arg("rope", (n, d), "float32")
+        positions, rows, table, layer = _where()
+        with tir.root():
+            tir.begin()
+            with T.parallel(n) as m:
+                position = T.bind(T.cast(positions[m], "int64"))
+                page = T.bind(T.cast(table[T.cast(rows[m], "int64"), position // PAGE], "int64"))
+                slot = T.bind(position % PAGE)
+                with T.serial(h.heads + h.kv_heads) as head:
+                    for i in range(0, half, 16):
+                        a = T.bind(vec2(qkv, m, head * d + i))
+                        b = T.bind(vec2(qkv, m, head * d + half + i))
+                        cos, sin = T.bind(vec2(rope, m, i)), T.bind(vec2(rope, m, half + i))
+                        put2(qkv, m, head * d + i, a * cos - b * sin)
+                        put2(qkv, m, head * d + half + i, b * cos + a * sin)
+                with T.serial(h.kv_heads) as head:
+                    k, v = (h.heads + head) * d, (h.heads + h.kv_heads + head) * d
+                    with T.serial(d) as i:
+                        at = [layer, page, 0, head, i // per_line, i % per_line * PAGE + slot]
+                        T.buffer_store(pages, T.cast(qkv[m, k + i], h.dtype), at)
+                    for i in range(0, d, 16):
+                        value = T.cast(vec2(qkv, m, v + i), f"{h.dtype}x16")
+                        T.buffer_store(pages, value, [layer, page, 1, head, slot, T.ramp(i, 1, 16)])
+
+    return tir.make_prim_func(body)
+
+
+def make_attention(h: Heads) -> tirx.PrimFunc:
+    """(qkv f32 [n, width] with q rotated, pages, positions, rows, table, layer, y f32 [n, heads d]).
+
+    Token m attends to positions 0 ... positions[m] of its sequence. Two passes: all scores into a scratch, then the
+    values; parallel over (key/value head, four tokens).
+    """
+
+    def body() -> None:
+        n = tir.size("n")
+        qkv, pages = tir.arg("qkv", (n, h.width), "float32"), _pages(h)
+        positions, rows, table, layer = _where()
+        y = tir.arg("y", (n, h.heads * h.head_dim), "float32")
+        max_pages = table.shape[1]
+        at_once = next(t for t in (TOKENS, 2, 1) if t * min(h.shared, REGISTERS) <= REGISTERS)
+        kernel = _Kernel(h, qkv, pages, positions, rows, table, layer, y)
+        with tir.root():
+            tir.begin()
+            blocks = (n + TOKENS - 1) // TOKENS
+            with T.parallel(blocks * h.kv_heads) as task:
+                head, first = T.bind(task // blocks), T.bind(task % blocks * TOKENS)
+                scores = tir.scratch(max_pages * (at_once * min(h.shared, REGISTERS) * 16))
+                last = T.bind(T.min(first + (TOKENS - 1), n - 1))
+                together = (last - first == TOKENS - 1) & (rows[first] == rows[last])
+                together = together & (positions[last] - positions[first] == TOKENS - 1)
+                with T.If(together):
+                    with T.Then():
+                        with T.serial(TOKENS // at_once) as i:
+                            kernel.tokens(head, first + i * at_once, at_once, scores)
+                    with T.Else(), T.serial(last - first + 1) as i:
+                        kernel.tokens(head, first + i, 1, scores)
+
+    return tir.make_prim_func(body)
+
+
+class _Kernel:
+    """The buffers of one attention call, and the code for some tokens of one key/value head."""
+
+    def __init__(self, h: Heads, qkv: Expr, pages: Expr, positions: Expr, rows: Expr, table: Expr, layer: Expr, y: Expr):
+        self.h, self.qkv, self.pages, self.positions, self.y, self.layer = h, qkv, pages, positions, y, layer
+        self.rows, self.table = rows, table
+
+    def tokens(self, head: Expr, first: Expr, count: int, scores: Expr) -> None:
+        """`count` consecutive tokens of one sequence, from `first`; query heads in groups that fit the registers."""
+        line = T.bind(T.cast(self.rows[first], "int64"))
+        used = T.bind(T.cast(self.positions[first + (count - 1)], "int64") // PAGE + 1)
+        for start in range(0, self.h.shared, REGISTERS):
+            queries = range(start, min(start + REGISTERS, self.h.shared))
+            lanes = [(t, head * self.h.shared + q) for t in range(count) for q in queries]
+            largest = self._scores(lanes, head, first, line, used, scores)
+            sums = self._softmax(largest, used, scores)
+            for t in range(count):
+                mine = [i for i, (token, _) in enumerate(lanes) if token == t]
+                self._values(lanes, mine, sums, head, first, line, scores)
+
+    def _page(self, line: Expr, b: Expr) -> Expr:
+        return T.cast(self.table[line, b], "int64")
+
+    def _prefetch(self, page: Expr, kind: int, head: Expr, row: Expr) -> None:
+        line = 64 // (2 if self.h.dtype == "float16" else 4)
+        for i in range(0, self.h.head_dim, line):
+            tir.prefetch(T.address_of(self.pages[self.layer, page, kind, head, row, i]))
+
+    def _scores(self, lanes: list[tuple[int, Expr]], head: Expr, first: Expr, line: Expr, used: Expr, scores: Expr) -> list[Expr]:
+        """scores[page][lane][16] = q . k * log2(e) / sqrt(d), -1e30 beyond the token; returns each lane's maximum."""
+        d, count = self.h.head_dim, len(lanes)
+        per_line, scale = d // PAGE, f32(math.log2(math.e) / math.sqrt(d))
+        largest = [Accumulator(f32(-1e30)) for _ in lanes]
+        with T.serial(used) as b:
+            page, later = T.bind(self._page(line, b)), T.bind(self._page(line, T.min(b + AHEAD, used - 1)))
+            acc = [Accumulator() for _ in lanes]
+            with T.serial(PAGE) as row:
+                self._prefetch(later, 0, head, row)
+                for u in range(per_line):
+                    k = T.bind(to_f32(self.pages[self.layer, page, 0, head, row, T.ramp(u * 16, 1, 16)]))
+                    for a, (t, q) in zip(acc, lanes, strict=True):
+                        a.set(fma(k, spread(self.qkv[first + t, q * d + row * per_line + u]), a.get()))
+            at = T.bind(spread(T.cast(b, "int32") * PAGE) + T.ramp(T.int32(0), 1, 16))
+            for i, (t, _) in enumerate(lanes):
+                seen = at <= spread(self.positions[first + t])
+                z = T.bind(T.Select(seen, acc[i].get() * scale, f32(-1e30)))
+                largest[i].set(tir.maximum(largest[i].get(), z))
+                put(scores, (b * count + i) * 16, z)
+        return [T.bind(tir.reduce_max(a.get())) for a in largest]
+
+    def _softmax(self, largest: list[Expr], used: Expr, scores: Expr) -> list[Expr]:
+        """Scores to unnormalised probabilities in place; returns 1 / sum of each lane."""
+        count = len(largest)
+        sums = [Accumulator() for _ in largest]
+        with T.serial(used) as b:
+            for i, top in enumerate(largest):
+                p = T.bind(tir.exp2(vec(scores, (b * count + i) * 16) - spread(top)))
+                sums[i].set(sums[i].get() + p)
+                put(scores, (b * count + i) * 16, p)
+        return [T.bind(T.float32(1) / tir.reduce_sum(s.get())) for s in sums]
+
+    def _values(
+        self, lanes: list[tuple[int, Expr]], mine: list[int], sums: list[Expr], head: Expr, first: Expr, line: Expr, scores: Expr
+    ) -> None:
+        """y of one token: probabilities times V, a few head dimensions at a time so that sums stay in registers."""
+        d, count = self.h.head_dim, len(lanes)
+        token = first + lanes[mine[0]][0]
+        length = T.bind(T.cast(self.positions[token], "int64") + 1)
+        step = max(1, REGISTERS // len(mine)) * 16
+        for c in range(0, d, step):
+            columns = range(c, min(c + step, d), 16)
+            acc = [[Accumulator() for _ in columns] for _ in mine]
+
+            def add(b: Expr, slot: Expr, page: Expr, columns: range = columns, acc: list[list[Accumulator]] = acc) -> None:
+                values = [T.bind(to_f32(self.pages[self.layer, page, 1, head, slot, T.ramp(j, 1, 16)])) for j in columns]
+                for i, sums_of_query in zip(mine, acc, strict=True):
+                    p = spread(scores[(b * count + i) * 16 + slot])
+                    for v, a in zip(values, sums_of_query, strict=True):
+                        a.set(fma(v, p, a.get()))
+
+            with T.serial(length // PAGE) as b:
+                page = T.bind(self._page(line, b))
+                later = T.bind(self._page(line, T.min(b + AHEAD, length // PAGE - 1)))
+                with T.serial(PAGE) as slot:
+                    if c == 0:
+                        self._prefetch(later, 1, head, slot)
+                    add(b, slot, page)
+            with T.serial(length % PAGE) as slot:
+                add(length // PAGE, slot, self._page(line, length // PAGE))
+            for i, sums_of_query in zip(mine, acc, strict=True):
+                for j, a in zip(columns, sums_of_query, strict=True):
+                    put2(self.y, token, lanes[i][1] * d + j, a.get() * spread(sums[i]))

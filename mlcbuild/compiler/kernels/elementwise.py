@@ -1,0 +1,115 @@
+"""Small per-token kernels: RMSNorm, silu(gate) * up, picking rows, the rotary table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
+
+from mlcbuild.compiler.kernels import tir
+from mlcbuild.compiler.kernels.tir import Accumulator, f32, fma, put2, spread, vec, vec2
+
+
+def make_rms_norm(hidden: int, eps: float) -> tirx.PrimFunc:
+    """x f32 [n, hidden], weight f32 [hidden] -> y f32 [n, hidden] = x / sqrt(mean(x^2) + eps) * weight."""
+
+    def body() -> None:
+        n = tir.size("n")
+        x = tir.arg("x", (n, hidden), "float32")
+        weight = tir.arg("weight", (hidden,), "float32")
+        y = tir.arg("y", (n, hidden), "float32")
+        chains = 4 if hidden % 64 == 0 else 1
+        with tir.root():
+            tir.begin()
+            with T.parallel(n) as m:
+                sums = [Accumulator() for _ in range(chains)]
+                with T.serial(hidden // (16 * chains)) as k:
+                    for i, s in enumerate(sums):
+                        v = T.bind(vec2(x, m, (k * chains + i) * 16))
+                        s.set(fma(v, v, s.get()))
+                square = tir.reduce_sum(sum((s.get() for s in sums[1:]), sums[0].get()))
+                mean = square * T.float32(1 / hidden) + T.float32(eps)
+                inverse = T.bind(T.float32(1) / tir.call("float32", "sqrt", mean))
+                with T.serial(hidden // 16) as k:
+                    put2(y, m, k * 16, vec2(x, m, k * 16) * spread(inverse) * vec(weight, k * 16))
+
+    return tir.make_prim_func(body)
+
+
+def make_silu_mul(width: int) -> tirx.PrimFunc:
+    """x f32 [n, 2 width] (gate, up) -> y f32 [n, width] = gate / (1 + e^-gate) * up."""
+    chunk = math.gcd(width // 16, 64)  # vectors of one parallel task: also one row is spread over the cores
+
+    def body() -> None:
+        n = tir.size("n")
+        x = tir.arg("x", (n, 2 * width), "float32")
+        y = tir.arg("y", (n, width), "float32")
+        chunks = width // 16 // chunk
+        with tir.root():
+            tir.begin()
+            with T.parallel(n * chunks) as task:
+                m, first = T.bind(task // chunks), T.bind(task % chunks * (chunk * 16))
+                with T.serial(chunk) as i:
+                    k = first + i * 16
+                    gate = T.bind(vec2(x, m, k))
+                    exp = tir.exp2(gate * f32(-math.log2(math.e)))
+                    put2(y, m, k, gate * vec2(x, m, k + width) / (f32(1) + exp))
+
+    return tir.make_prim_func(body)
+
+
+def make_take_rows(hidden: int) -> tirx.PrimFunc:
+    """x f32 [n, hidden], rows i32 [b] -> y f32 [b, hidden]."""
+
+    def body() -> None:
+        n, b = tir.size("n"), tir.size("b")
+        x = tir.arg("x", (n, hidden), "float32")
+        rows = tir.arg("rows", (b,), "int32")
+        y = tir.arg("y", (b, hidden), "float32")
+        with tir.root():
+            tir.begin()
+            with T.serial(b) as i, T.serial(hidden // 16) as k:
+                put2(y, i, k * 16, vec2(x, T.cast(rows[i], "int64"), k * 16))
+
+    return tir.make_prim_func(body)
+
+
+def inverse_frequencies(head_dim: int, theta: float, scaling: Mapping[str, Any] | None) -> np.ndarray:
+    """float32 [head_dim / 2]: rotary frequencies, with Llama 3.1's rescaling of the long waves where asked for.
+
+    Source: Hugging Face transformers' definition of rope_type "llama3". Raises ValueError for another rope_type.
+    """
+    freq = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    if scaling is None:
+        return freq.astype(np.float32)
+    kind = scaling.get("rope_type", scaling.get("type"))
+    if kind == "linear":
+        return (freq / scaling["factor"]).astype(np.float32)
+    if kind != "llama3":
+        raise ValueError(f"rope_type '{kind}' is not implemented (known: default, linear, llama3)")
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    waves = scaling["original_max_position_embeddings"] * freq / (2 * np.pi)  # waves within the original context
+    keep = np.clip((waves - low) / (high - low), 0, 1)
+    return (freq * keep + freq / scaling["factor"] * (1 - keep)).astype(np.float32)
+
+
+def make_rope_table(head_dim: int) -> tirx.PrimFunc:
+    """positions i32 [n], frequencies f32 [d/2] -> table f32 [n, d]: cosines, then sines, once for all layers."""
+
+    def body() -> None:
+        n, half = tir.size("n"), head_dim // 2
+        positions = tir.arg("positions", (n,), "int32")
+        frequencies = tir.arg("frequencies", (half,), "float32")
+        table = tir.arg("table", (n, head_dim), "float32")
+        with tir.root():
+            tir.begin()
+            with T.parallel(n) as m, T.serial(half) as i:
+                angle = T.bind(T.cast(positions[m], "float32") * frequencies[i])
+                T.buffer_store(table, T.cos(angle), [m, i])
+                T.buffer_store(table, T.sin(angle), [m, i + half])
+
+    return tir.make_prim_func(body)

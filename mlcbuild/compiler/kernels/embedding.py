@@ -1,0 +1,56 @@
+"""Embedding lookup straight from packed weights, so that a tied head and the embedding share one matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
+
+from mlcbuild.compiler.kernels import tir
+from mlcbuild.compiler.kernels.linear_rows16 import make_reader
+from mlcbuild.compiler.kernels.linear_vnni import BLOCK_BYTES
+from mlcbuild.compiler.kernels.tir import Expr
+from mlcbuild.recipes.schema import Quantization
+
+ZERO_POINT = 7
+
+
+def make_embedding_rows16(vocab_size: int, hidden: int, q: Quantization) -> tirx.PrimFunc:
+    """(ids i32 [n], weights..., y f32 [n, hidden]) in the layout `rows16`."""
+    return _make(hidden, lambda: make_reader(-(-vocab_size // 16), hidden, q).element)
+
+
+def make_embedding_vnni(vocab_size: int, hidden: int) -> tirx.PrimFunc:
+    """(ids i32 [n], tiles uint8, y f32 [n, hidden]) in the layout `x86-vnni-16x64`."""
+    tiles, blocks = -(-vocab_size // 16), -(-hidden // 64)
+
+    def reader() -> Callable[[Expr, Expr, Expr], Expr]:
+        w = tir.arg("tiles", (tiles, blocks, BLOCK_BYTES), "uint8")
+
+        def element(tile: Expr, lane: Expr, k: Expr) -> Expr:
+            block, group, i = k // 64, k % 64 // 32, k % 32
+            scale = T.reinterpret("float16", w[tile, block, T.ramp(group * 32 + lane * 2, 1, 2)])
+            byte = T.cast(w[tile, block, 64 + group * 256 + i % 16 // 4 * 64 + lane * 4 + i % 4], "int32")
+            code = (byte >> T.cast(i // 16 * 4, "int32")) & T.int32(15)
+            return (T.cast(code, "float32") - T.float32(ZERO_POINT)) * T.cast(scale, "float32")
+
+        return element
+
+    return _make(hidden, reader)
+
+
+def _make(hidden: int, reader: Callable[[], Callable[[Expr, Expr, Expr], Expr]]) -> tirx.PrimFunc:
+    def body() -> None:
+        n = tir.size("n")
+        ids = tir.arg("ids", (n,), "int32")
+        element = reader()
+        y = tir.arg("y", (n, hidden), "float32")
+        with tir.root():
+            tir.begin()
+            with T.parallel(n) as m:
+                row = T.bind(T.cast(ids[m], "int64"))
+                with T.serial(hidden) as k:
+                    T.buffer_store(y, element(row // 16, row % 16, k), [m, k])
+
+    return tir.make_prim_func(body)

@@ -1,0 +1,74 @@
+"""Matmul with float32 activations over the portable weight layout `rows16`: exact, for any processor.
+
+A vector holds the same input of sixteen output rows, so a broadcast input times that vector needs no horizontal sum.
+Eight rows of x share each unpacked weight; a lone row keeps eight partial sums to hide the latency.
+rows16_<method>.py knows how a quantization method is stored.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
+
+from mlcbuild.compiler.kernels import tir
+from mlcbuild.compiler.kernels.tir import Accumulator, Expr, fma, put2, spread, vec, vec2
+from mlcbuild.recipes.schema import Quantization
+
+
+def make_reader(tiles: int, in_features: int, q: Quantization) -> Any:
+    """Declares the weight buffers of `q.method` as arguments; ModuleNotFoundError for a method without a reader."""
+    return importlib.import_module(f"mlcbuild.compiler.kernels.rows16_{q.method}").Reader(tiles, in_features, q)
+
+
+def make_linear(out_features: int, in_features: int, q: Quantization, *, bias: bool, residual: bool) -> tirx.PrimFunc:
+    """PrimFunc (weights..., x f32 [n, K], [bias f32 [N]], y f32 [n, N']) with N' = N rounded up to 16.
+
+    With `residual` y is added to in place, else it is written.
+    """
+    tiles = -(-out_features // 16)
+
+    def body() -> None:
+        n = tir.size("n")
+        weights = make_reader(tiles, in_features, q)
+        x = tir.arg("x", (n, in_features), "float32")
+        b = tir.arg("bias", (out_features,), "float32") if bias else None
+        y = tir.arg("y", (n, tiles * 16), "float32")
+
+        def store(m: Expr, tile: Expr, value: Expr) -> None:
+            if b is not None:
+                value = value + vec(b, tile * 16)
+            put2(y, m, tile * 16, value + vec2(y, m, tile * 16) if residual else value)
+
+        with tir.root():
+            tir.begin()
+            with T.parallel(tiles) as tile:
+                with T.serial(n // 8) as block:
+                    _rows(weights, x, tile, block * 8, 8, in_features, store)
+                with T.serial(n % 8 // 4) as block:
+                    _rows(weights, x, tile, n // 8 * 8 + block * 4, 4, in_features, store)
+                with T.serial(n % 4) as row:
+                    _one_row(weights, x, tile, n // 4 * 4 + row, in_features, store)
+
+    return tir.make_prim_func(body)
+
+
+def _rows(weights: Any, x: Expr, tile: Expr, first: Expr, count: int, k: int, store: Callable[..., None]) -> None:
+    sums = [Accumulator() for _ in range(count)]
+    with T.serial(k // 8) as k8:
+        for i, w in enumerate(weights.eight(tile, k8)):
+            for m, s in enumerate(sums):
+                s.set(fma(w, spread(x[first + m, k8 * 8 + i]), s.get()))
+    for m, s in enumerate(sums):
+        store(first + m, tile, s.get())
+
+
+def _one_row(weights: Any, x: Expr, tile: Expr, row: Expr, k: int, store: Callable[..., None]) -> None:
+    sums = [Accumulator() for _ in range(8)]
+    with T.serial(k // 8) as k8:
+        for i, w in enumerate(weights.eight(tile, k8)):
+            sums[i].set(fma(w, spread(x[row, k8 * 8 + i]), sums[i].get()))
+    store(row, tile, sum((s.get() for s in sums[1:]), sums[0].get()))

@@ -1,0 +1,150 @@
+"""4-bit weights times int8 activations with AVX-512 VNNI, over the weight layout `x86-vnni-16x64`.
+
+y[m, n] = sum over groups of  scale_w * scale_x * (stored . codes + correction)  (+ bias) (+ y).
+
+One row: a GEMV that streams each tile of 16 outputs once; low nibbles are used as they are, high nibbles times 16, so
+no shift of the weights is needed. More rows: weight-stationary; two tiles of one group are unpacked once into sixteen
+registers and meet all rows of a block, partial sums stay in an L1 scratch. Measured in `doit bench`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
+
+from mlcbuild.compiler.kernels import tir
+from mlcbuild.compiler.kernels.quantize_rows import GROUP, MAX_BLOCK, block_rows, code_args
+from mlcbuild.compiler.kernels.tir import F32, I32, Accumulator, Expr, f32, fma, put, put2, spread, vec, vec2
+
+BLOCK_BYTES = 576  # 16 rows x 64 inputs: 64 bytes of scales, 512 of codes
+AHEAD = 2304  # bytes of weights asked for in advance by the many-row path, too busy for the hardware prefetcher
+
+
+def make_linear(out_features: int, in_features: int, *, bias: bool, residual: bool) -> tirx.PrimFunc:
+    """PrimFunc (tiles uint8, codes, scales, corrections, [bias f32 [N]], y f32 [n, N']) with N' = N rounded up to 16.
+
+    With `residual` y is added to in place, else it is written.
+    """
+    tiles, blocks = -(-out_features // 16), -(-in_features // 64)
+    pair = 2 if tiles % 2 == 0 else 1
+
+    def body() -> None:
+        n = tir.size("n")
+        w = tir.arg("tiles", (tiles, blocks, BLOCK_BYTES), "uint8")
+        acts = code_args(in_features)
+        b = tir.arg("bias", (out_features,), "float32") if bias else None
+        y = tir.arg("y", (n, tiles * 16), "float32")
+
+        def store(m: Expr, tile: Expr, value: Expr) -> None:
+            if b is not None:
+                value = value + vec(b, tile * 16)
+            put2(y, m, tile * 16, value + vec2(y, m, tile * 16) if residual else value)
+
+        with tir.root():
+            tir.begin()
+            with T.parallel(tiles // pair) as t:
+                with T.If(n == 1):
+                    with T.Then():
+                        with T.serial(pair) as r:
+                            _one_row(w, acts, t * pair + r, blocks, store)
+                    with T.Else():
+                        _many_rows(w, acts, n, t, pair, blocks, store)
+
+    return tir.make_prim_func(body)
+
+
+def _dot(acc: Expr, unsigned: Expr, signed: Expr) -> Expr:
+    """vpdpbusd: each int32 lane gains the dot product of its four byte pairs."""
+    return tir.call(I32, "x86.avx512.vpdpbusd.512", acc, unsigned, signed)
+
+
+def _four(codes: Expr, at: Expr) -> Expr:
+    """Four activation codes in every lane; LLVM folds it into the dot product's memory operand."""
+    return T.reinterpret("int8x64", spread(T.reinterpret("int32", vec(codes, at, 4))))
+
+
+def _bytes(w: Expr, tile: Expr, block: Expr, at: Expr, count: int = 64) -> Expr:
+    return w[tile, block, T.ramp(at, 1, count)]
+
+
+def _scale(w: Expr, tile: Expr, block: Expr, group: int) -> Expr:
+    """float32 scales of 16 rows."""
+    return tir.to_f32(T.reinterpret("float16x16", _bytes(w, tile, block, group * 32, 32)))
+
+
+def _one_row(w: Expr, acts: tuple[Expr, Expr, Expr], tile: Expr, blocks: int, store: Callable[..., None]) -> None:
+    codes, scales, corrections = acts
+    low, high = spread(T.uint8(15), 64), spread(T.uint8(240), 64)
+    unroll = 2 if blocks % 2 == 0 else 1
+    sums = [Accumulator(), Accumulator()]
+    with T.serial(blocks // unroll) as step:
+        for u in range(unroll):
+            block = step * unroll + u
+            for g in range(2):
+                group = block * 2 + g
+                scale = T.bind(_scale(w, tile, block, g) * spread(scales[group]))
+                dot_low, dot_high = spread(corrections[group]), spread(T.int32(0))
+                for v in range(4):
+                    x = T.bind(_bytes(w, tile, block, 64 + g * 256 + v * 64))
+                    dot_low = _dot(dot_low, x & low, _four(codes, group * GROUP + v * 4))
+                    dot_high = _dot(dot_high, x & high, _four(codes, group * GROUP + 16 + v * 4))
+                dot = dot_low + (dot_high >> spread(T.int32(4)))
+                sums[g].set(fma(T.cast(dot, F32), scale, sums[g].get()))
+    store(0, tile, sums[0].get() + sums[1].get())
+
+
+def _unpack(w: Expr, tile: Expr, block: Expr, group: int) -> list[Expr]:
+    """Eight registers of 4-bit codes as bytes: inputs 0-15 of the group, then 16-31."""
+    low = spread(T.uint8(15), 64)
+    out: list[Expr] = [None] * 8
+    for v in range(4):
+        x = T.bind(_bytes(w, tile, block, 64 + group * 256 + v * 64))
+        shifted = T.reinterpret("uint8x64", T.reinterpret("uint16x32", x) >> spread(T.uint16(4), 32))
+        out[v], out[4 + v] = T.bind(x & low), T.bind(shifted & low)
+    return out
+
+
+def _many_rows(
+    w: Expr, acts: tuple[Expr, Expr, Expr], n: Expr, t: Expr, pair: int, blocks: int, store: Callable[..., None]
+) -> None:
+    rows = T.bind(block_rows(n))
+    sums = tir.scratch(MAX_BLOCK * pair * 16)
+    with T.serial((n + rows - 1) // rows) as block_of_rows:
+        with T.serial(rows * pair) as i:
+            put(sums, i * 16, f32(0))
+        with T.serial(blocks) as block:
+            for g in range(2):
+                weights = []
+                for r in range(pair):
+                    tile = t * pair + r
+                    for line in range(5 - g):
+                        tir.prefetch(T.address_of(w[tile, block, AHEAD + g * 320 + line * 64]))
+                    weights.append((T.bind(_scale(w, tile, block, g)), _unpack(w, tile, block, g)))
+                first = T.bind((block_of_rows * (2 * blocks) + block * 2 + g) * rows)
+                with T.serial(rows // 2) as two:
+                    for u in range(2):
+                        _accumulate_row(acts, weights, first, two * 2 + u, sums)
+        with T.serial(rows) as m:
+            row = T.bind(block_of_rows * rows + m)
+            with T.If(row < n), T.Then():
+                for r in range(pair):
+                    store(row, t * pair + r, vec(sums, (m * pair + r) * 16))
+
+
+def _accumulate_row(
+    acts: tuple[Expr, Expr, Expr], weights: list[tuple[Expr, list[Expr]]], first: Expr, m: Expr, sums: Expr
+) -> None:
+    """One row of activations against the unpacked group of every tile; two chains per tile hide the latency."""
+    codes, scales, corrections = acts
+    pair, at = len(weights), first + m
+    chains = [[spread(corrections[at]), spread(T.int32(0))] for _ in range(pair)]
+    for v in range(8):
+        x = T.bind(_four(codes, at * GROUP + v * 4))
+        for r in range(pair):
+            chains[r][v % 2] = T.bind(_dot(chains[r][v % 2], weights[r][1][v], x))
+    for r in range(pair):
+        o = (m * pair + r) * 16
+        dot = T.cast(chains[r][0] + chains[r][1], F32)
+        put(sums, o, fma(dot, weights[r][0] * spread(scales[at]), vec(sums, o)))

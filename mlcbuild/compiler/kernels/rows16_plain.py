@@ -1,0 +1,24 @@
+"""Reading unquantized weights in the layout `rows16`: [tiles][K][16] of float32 or float16."""
+
+from __future__ import annotations
+
+from tvm.script.ir_builder import tirx as T
+
+from mlcbuild.compiler.kernels import tir
+from mlcbuild.compiler.kernels.tir import Expr, to_f32
+from mlcbuild.recipes.schema import Quantization
+
+
+class Reader:
+    """The buffer of one matrix; `eight` and `element` give weights as float32."""
+
+    def __init__(self, tiles: int, in_features: int, q: Quantization) -> None:
+        self.weight = tir.arg("weight", (tiles, in_features, 16), q.dtype)
+
+    def eight(self, tile: Expr, k: Expr) -> list[Expr]:
+        """Vectors of 16 output rows for inputs 8 k ... 8 k + 7."""
+        return [T.bind(to_f32(self.weight[tile, k * 8 + i, T.ramp(0, 1, 16)])) for i in range(8)]
+
+    def element(self, tile: Expr, lane: Expr, k: Expr) -> Expr:
+        """One weight."""
+        return T.cast(self.weight[tile, k, lane], "float32")

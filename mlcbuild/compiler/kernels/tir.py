@@ -1,0 +1,144 @@
+"""The vocabulary of the CPU kernels: 16-lane vectors, register accumulators, loops and arguments in TVM's IRBuilder.
+
+Sixteen float32 lanes are one AVX-512 register; LLVM splits them into two AVX2 or four NEON registers elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+
+LANES = 16
+F32 = f"float32x{LANES}"
+I32 = f"int32x{LANES}"
+
+Expr = Any  # a TIR expression; the bindings are untyped
+
+
+def make_prim_func(body: Callable[[], None]) -> tirx.PrimFunc:
+    """Run `body`, which declares arguments and emits statements inside `root()`, into a scheduled PrimFunc."""
+    with IRBuilder() as builder:
+        with T.prim_func(s_tir=True):
+            T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
+            body()
+    return builder.get()
+
+
+def root() -> Any:
+    """The block that Relax passes demand around a PrimFunc's body."""
+    return T.sblock("root")
+
+
+def begin() -> None:
+    """First statements of every root block: its (empty) access regions."""
+    T.reads()
+    T.writes()
+
+
+def size(name: str) -> Expr:
+    """A symbolic int64 size, bound by the buffers that use it."""
+    return tirx.Var(name, "int64")
+
+
+def arg(name: str, shape: tuple[Any, ...], dtype: str) -> Expr:
+    """A 64-byte aligned buffer argument."""
+    return T.arg(name, T.Buffer(shape, dtype, align=64))
+
+
+def scratch(elements: Expr, dtype: str = "float32") -> Expr:
+    """Per-thread working memory; default scope, since "local" would call the workspace allocator for small sizes."""
+    return T.alloc_buffer((elements,), dtype, scope="global", align=64)
+
+
+class Accumulator:
+    """One vector register: a 64-byte buffer of constant index, which LLVM promotes to a register."""
+
+    def __init__(self, value: Expr | None = None, dtype: str = "float32") -> None:
+        self.buffer = scratch(LANES, dtype)
+        self.set(spread(T.float32(0)) if value is None else value)
+
+    def get(self) -> Expr:
+        return vec(self.buffer, 0)
+
+    def set(self, value: Expr) -> None:
+        put(self.buffer, 0, value)
+
+
+def spread(x: Expr, lanes: int = LANES) -> Expr:
+    """A scalar in every lane."""
+    return T.broadcast(x, lanes)
+
+
+def f32(value: float) -> Expr:
+    """A constant in every lane."""
+    return spread(T.float32(value))
+
+
+def vec(buffer: Expr, offset: Expr, lanes: int = LANES) -> Expr:
+    """Load `lanes` consecutive elements of a one-dimensional buffer."""
+    return buffer[T.ramp(offset, 1, lanes)]
+
+
+def vec2(buffer: Expr, row: Expr, column: Expr, lanes: int = LANES) -> Expr:
+    """Load `lanes` consecutive elements of a row."""
+    return buffer[row, T.ramp(column, 1, lanes)]
+
+
+def put(buffer: Expr, offset: Expr, value: Expr, lanes: int = LANES) -> None:
+    """Store consecutive elements of a one-dimensional buffer."""
+    T.buffer_store(buffer, value, [T.ramp(offset, 1, lanes)])
+
+
+def put2(buffer: Expr, row: Expr, column: Expr, value: Expr, lanes: int = LANES) -> None:
+    """Store consecutive elements of a row."""
+    T.buffer_store(buffer, value, [row, T.ramp(column, 1, lanes)])
+
+
+def to_f32(x: Expr, lanes: int = LANES) -> Expr:
+    """Convert a vector to float32 lanes."""
+    return T.cast(x, f"float32x{lanes}")
+
+
+def call(dtype: str, name: str, *args: Expr) -> Expr:
+    """A pure LLVM intrinsic."""
+    return T.call_llvm_pure_intrin(dtype, f"llvm.{name}", *args)
+
+
+def fma(a: Expr, b: Expr, c: Expr) -> Expr:
+    """a * b + c in one rounding."""
+    return call(F32, "fma", a, b, c)
+
+
+def maximum(a: Expr, b: Expr) -> Expr:
+    """Lane-wise maximum."""
+    return call(F32, "maxnum", a, b)
+
+
+def reduce_sum(v: Expr) -> Expr:
+    """Sum of the lanes, first to last (a chain of adds: keep it out of inner loops)."""
+    return call("float32", "vector.reduce.fadd", T.float32(0), v)
+
+
+def reduce_max(v: Expr) -> Expr:
+    """Largest lane."""
+    return call("float32", "vector.reduce.fmax", v)
+
+
+def prefetch(address: Expr) -> None:
+    """Ask for a cache line that is read soon (read, keep in all levels)."""
+    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, T.int32(0), T.int32(3), T.int32(1)))
+
+
+def exp2(x: Expr) -> Expr:
+    """2^x per lane, |x| clamped to 126; relative error < 3e-7 (T.exp would become sixteen calls of expf)."""
+    x = T.bind(call(F32, "minnum", maximum(x, f32(-126)), f32(126)))
+    n = T.bind(call(F32, "nearbyint", x))
+    r = T.bind(x - n)
+    p = f32(1.5403530e-4)
+    for c in (1.3333558e-3, 9.6181291e-3, 5.5504109e-2, 2.4022651e-1, 6.9314718e-1, 1.0):
+        p = fma(p, r, f32(c))
+    return p * T.reinterpret(F32, (T.cast(n, I32) + spread(T.int32(127))) << spread(T.int32(23)))
