@@ -1,0 +1,68 @@
+"""rows16: tiles of 16 output rows with the row in the innermost axis, for portable CPU kernels (lane = row).
+
+Each canonical tensor (N, C) becomes (ceil(N/16), C, 16) of the same dtype. Rows that fill up the last tile are zero:
+code 7 and scale 0, or plain zero.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlcbuild.quantization import TensorSpec, get_method
+
+if TYPE_CHECKING:
+    from mlcbuild.quantization import Tensors
+    from mlcbuild.recipes.schema import Quantization
+
+ROWS = 16
+ZERO_WORD = 0x77777777  # eight codes 7
+
+
+def accepts(q: Quantization) -> bool:
+    """Plain weights, and 4-bit groups."""
+    return q.method == "plain" or (q.method == "group" and q.bits == 4)
+
+
+def vector_dtype(q: Quantization) -> str:
+    """CPU kernels compute in float32, and vectors are small."""
+    return "float32"
+
+
+def storage(q: Quantization, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+    """Canonical (N, C) -> (ceil(N/16), C, 16), for each suffix."""
+    return {
+        suffix: TensorSpec((-(-spec.shape[0] // ROWS), spec.shape[1], ROWS), spec.dtype)
+        for suffix, spec in get_method(q.method).storage(q, shape).items()
+    }
+
+
+def pack(q: Quantization, tensors: Tensors) -> dict[str, NDArray[Any]]:
+    """Canonical tensors of a block of rows -> tiles."""
+    return {suffix: pack_rows(array, get_padding(suffix)) for suffix, array in tensors.items()}
+
+
+def unpack(q: Quantization, tensors: Tensors, shape: tuple[int, int]) -> dict[str, NDArray[Any]]:
+    """Tiles -> canonical tensors of a block of shape (rows, K)."""
+    return {
+        suffix: np.ascontiguousarray(tiles.transpose(0, 2, 1)).reshape(-1, tiles.shape[1])[: shape[0]]
+        for suffix, tiles in tensors.items()
+    }
+
+
+def get_padding(suffix: str) -> int:
+    """The value that means zero in a canonical tensor."""
+    return ZERO_WORD if suffix == "q_weight" else 0
+
+
+def pack_rows(array: NDArray[Any], padding: int) -> NDArray[Any]:
+    """(rows, C) -> (ceil(rows/16), C, 16)."""
+    tiles = pad_rows(array, padding).reshape(-1, ROWS, array.shape[1])
+    return np.ascontiguousarray(tiles.transpose(0, 2, 1))
+
+
+def pad_rows(array: NDArray[Any], padding: int) -> NDArray[Any]:
+    """Fill up to whole tiles of 16 rows."""
+    return np.pad(array, ((0, -len(array) % ROWS), (0, 0)), constant_values=padding) if len(array) % ROWS else array
