@@ -20,7 +20,7 @@ from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn, TypeVar
 
-from engine.errors import PackageInvalid
+from engine.errors import PackageInvalid as PackageInvalid  # a part of the contract, for mlcbuild
 
 SCHEMA = 1  # of manifest.json; raised when a field changes its meaning
 ABI = 1  # of the library's functions and of library.json; raised when the executor would call them differently
