@@ -70,7 +70,8 @@ class Linear(nn.Module):
         columns, n = self.shape[1], x.shape[0]
         entries = quantize_rows.padded_rows(n) * quantize_rows.groups(columns)
         out = [_out([entries * 32], "int8"), _out([entries]), _out([entries], "int32")]
-        return list(op.tensor_ir_op(_kernel(quantize_rows.make_quantize_rows, columns), f"quantize_{columns}", [x], out))
+        kernel = _kernel(quantize_rows.make_quantize_rows, columns)
+        return list(op.tensor_ir_op(kernel, f"quantize_{columns}", [x], out))
 
 
 class Embedding(Linear):
@@ -136,12 +137,19 @@ class CpuProgram(nn.Module):
         return self.network.embed(input_ids)
 
     def batch_prefill(
-        self, input_embeds: Tensor, logit_positions: Tensor, positions: Tensor, rows: Tensor, table: Tensor, pages: Tensor
+        self,
+        input_embeds: Tensor,
+        logit_positions: Tensor,
+        positions: Tensor,
+        rows: Tensor,
+        table: Tensor,
+        pages: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Any mix of sequences; logits of the tokens `logit_positions` (int32 [b]) only."""
         h, pages = self._layers(input_embeds, positions, rows, table, pages)
         kernel = _kernel(elementwise.make_take_rows, self.hidden_size)
-        h = op.tensor_ir_op(kernel, "take_rows", [h, logit_positions], _out([logit_positions.shape[0], self.hidden_size]))
+        taken = _out([logit_positions.shape[0], self.hidden_size])
+        h = op.tensor_ir_op(kernel, "take_rows", [h, logit_positions], taken)
         return self.network.logits(h), pages
 
     def batch_decode(
@@ -157,10 +165,13 @@ class CpuProgram(nn.Module):
         """Logits of every token of several drafts; on the CPU the same computation as batch_decode."""
         return self.batch_decode(input_embeds, positions, rows, table, pages)
 
-    def _layers(self, h: Tensor, positions: Tensor, rows: Tensor, table: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:
+    def _layers(
+        self, h: Tensor, positions: Tensor, rows: Tensor, table: Tensor, pages: Tensor
+    ) -> tuple[Tensor, Tensor]:
         d = self.heads.head_dim
         frequencies = Tensor.from_const(self.frequencies)
-        rope = op.tensor_ir_op(_kernel(elementwise.make_rope_table, d), "rope_table", [positions, frequencies], _out([positions.shape[0], d]))
+        kernel = _kernel(elementwise.make_rope_table, d)
+        rope = op.tensor_ir_op(kernel, "rope_table", [positions, frequencies], _out([positions.shape[0], d]))
         kv = TensorCache(self.heads, pages, [positions, rows, table], rope)
         return self.network(h, kv), kv.pages
 

@@ -1,4 +1,4 @@
-"""Model families, one per file; the file name is the `model_type` of Hugging Face's config.json and the registry key."""
+"""Model families, one per file: the file name is the `model_type` of the checkpoint's config.json."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from mlcbuild.compiler.kernels import tir
-from mlcbuild.compiler.kernels.tir import I32, Accumulator, Expr, f32, fma, put, put2, spread, to_f32, vec, vec2
+from mlcbuild.compiler.kernels.tir import Accumulator, Expr, f32, fma, put, put2, spread, to_f32, vec, vec2
 
 PAGE = 16
 TOKENS = 4  # consecutive tokens of one sequence that share each load of K
@@ -115,9 +115,8 @@ def make_attention(h: Heads) -> tirx.PrimFunc:
                 together = (last - first == TOKENS - 1) & (rows[first] == rows[last])
                 together = together & (positions[last] - positions[first] == TOKENS - 1)
                 with T.If(together):
-                    with T.Then():
-                        with T.serial(TOKENS // at_once) as i:
-                            kernel.tokens(head, first + i * at_once, at_once, scores)
+                    with T.Then(), T.serial(TOKENS // at_once) as i:
+                        kernel.tokens(head, first + i * at_once, at_once, scores)
                     with T.Else(), T.serial(last - first + 1) as i:
                         kernel.tokens(head, first + i, 1, scores)
 
@@ -127,7 +126,9 @@ def make_attention(h: Heads) -> tirx.PrimFunc:
 class _Kernel:
     """The buffers of one attention call, and the code for some tokens of one key/value head."""
 
-    def __init__(self, h: Heads, qkv: Expr, pages: Expr, positions: Expr, rows: Expr, table: Expr, layer: Expr, y: Expr):
+    def __init__(
+        self, h: Heads, qkv: Expr, pages: Expr, positions: Expr, rows: Expr, table: Expr, layer: Expr, y: Expr
+    ) -> None:
         self.h, self.qkv, self.pages, self.positions, self.y, self.layer = h, qkv, pages, positions, y, layer
         self.rows, self.table = rows, table
 
@@ -152,7 +153,9 @@ class _Kernel:
         for i in range(0, self.h.head_dim, line):
             tir.prefetch(T.address_of(self.pages[self.layer, page, kind, head, row, i]))
 
-    def _scores(self, lanes: list[tuple[int, Expr]], head: Expr, first: Expr, line: Expr, used: Expr, scores: Expr) -> list[Expr]:
+    def _scores(
+        self, lanes: list[tuple[int, Expr]], head: Expr, first: Expr, line: Expr, used: Expr, scores: Expr
+    ) -> list[Expr]:
         """scores[page][lane][16] = q . k * log2(e) / sqrt(d), -1e30 beyond the token; returns each lane's maximum."""
         d, count = self.h.head_dim, len(lanes)
         per_line, scale = d // PAGE, f32(math.log2(math.e) / math.sqrt(d))
@@ -186,7 +189,14 @@ class _Kernel:
         return [T.bind(T.float32(1) / tir.reduce_sum(s.get())) for s in sums]
 
     def _values(
-        self, lanes: list[tuple[int, Expr]], mine: list[int], sums: list[Expr], head: Expr, first: Expr, line: Expr, scores: Expr
+        self,
+        lanes: list[tuple[int, Expr]],
+        mine: list[int],
+        sums: list[Expr],
+        head: Expr,
+        first: Expr,
+        line: Expr,
+        scores: Expr,
     ) -> None:
         """y of one token: probabilities times V, a few head dimensions at a time so that sums stay in registers."""
         d, count = self.h.head_dim, len(lanes)
@@ -197,22 +207,27 @@ class _Kernel:
             columns = range(c, min(c + step, d), 16)
             acc = [[Accumulator() for _ in columns] for _ in mine]
 
-            def add(b: Expr, slot: Expr, page: Expr, columns: range = columns, acc: list[list[Accumulator]] = acc) -> None:
-                values = [T.bind(to_f32(self.pages[self.layer, page, 1, head, slot, T.ramp(j, 1, 16)])) for j in columns]
-                for i, sums_of_query in zip(mine, acc, strict=True):
-                    p = spread(scores[(b * count + i) * 16 + slot])
-                    for v, a in zip(values, sums_of_query, strict=True):
-                        a.set(fma(v, p, a.get()))
-
             with T.serial(length // PAGE) as b:
                 page = T.bind(self._page(line, b))
                 later = T.bind(self._page(line, T.min(b + AHEAD, length // PAGE - 1)))
                 with T.serial(PAGE) as slot:
                     if c == 0:
                         self._prefetch(later, 1, head, slot)
-                    add(b, slot, page)
+                    self._add_value(acc, [scores[(b * count + i) * 16 + slot] for i in mine], columns, page, head, slot)
             with T.serial(length % PAGE) as slot:
-                add(length // PAGE, slot, self._page(line, length // PAGE))
+                weights = [scores[(length // PAGE * count + i) * 16 + slot] for i in mine]
+                self._add_value(acc, weights, columns, self._page(line, length // PAGE), head, slot)
             for i, sums_of_query in zip(mine, acc, strict=True):
                 for j, a in zip(columns, sums_of_query, strict=True):
                     put2(self.y, token, lanes[i][1] * d + j, a.get() * spread(sums[i]))
+
+    def _add_value(
+        self, acc: list[list[Accumulator]], weights: list[Expr], columns: range, page: Expr, head: Expr, slot: Expr
+    ) -> None:
+        """acc[query][column] += weight[query] * V[slot][column]."""
+        line = [self.pages[self.layer, page, 1, head, slot, T.ramp(j, 1, 16)] for j in columns]
+        values = [T.bind(to_f32(v)) for v in line]
+        for weight, of_query in zip(weights, acc, strict=True):
+            p = spread(weight)
+            for v, a in zip(values, of_query, strict=True):
+                a.set(fma(v, p, a.get()))

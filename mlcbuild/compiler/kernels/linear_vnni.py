@@ -44,13 +44,11 @@ def make_linear(out_features: int, in_features: int, *, bias: bool, residual: bo
 
         with tir.root():
             tir.begin()
-            with T.parallel(tiles // pair) as t:
-                with T.If(n == 1):
-                    with T.Then():
-                        with T.serial(pair) as r:
-                            _one_row(w, acts, t * pair + r, blocks, store)
-                    with T.Else():
-                        _many_rows(w, acts, n, t, pair, blocks, store)
+            with T.parallel(tiles // pair) as t, T.If(n == 1):
+                with T.Then(), T.serial(pair) as r:
+                    _one_row(w, acts, t * pair + r, blocks, store)
+                with T.Else():
+                    _many_rows(w, acts, n, t, pair, blocks, store)
 
     return tir.make_prim_func(body)
 

@@ -46,7 +46,7 @@ def code_args(in_features: int) -> tuple[Expr, Expr, Expr]:
 
 
 def make_quantize_rows(in_features: int) -> tirx.PrimFunc:
-    """x float32 [n, K] -> codes int8 [padded_rows * K'], scales float32 and corrections int32 [padded_rows * K' / 32]."""
+    """x f32 [n, K] -> codes int8 [padded_rows * K'], scales f32 and corrections i32 [padded_rows * K' / 32]."""
     per_row = groups(in_features)
 
     def body() -> None:

@@ -21,10 +21,9 @@ Expr = Any  # a TIR expression; the bindings are untyped
 
 def make_prim_func(body: Callable[[], None]) -> tirx.PrimFunc:
     """Run `body`, which declares arguments and emits statements inside `root()`, into a scheduled PrimFunc."""
-    with IRBuilder() as builder:
-        with T.prim_func(s_tir=True):
-            T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
-            body()
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
+        body()
     return builder.get()
 
 

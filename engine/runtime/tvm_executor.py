@@ -1,0 +1,149 @@
+"""The executor over a compiled package: weights mapped from disk, KV pages as one plain tensor, calls into TVM.
+
+Everything here belongs to one thread: TVM keeps a pool of workers for each thread that launches a kernel. The CPU's
+library takes the pages, the page table, positions and rows as arguments (see `kv.kind` "tensor" in library.json).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from engine.core import Batch, Limits
+
+from engine.artifact import Library, Package, load_weights_index
+from engine.errors import PackageInvalid
+
+HUGE_PAGE = 1 << 21
+ALIGNMENT = 64
+
+
+class TvmExecutor:
+    """Runs batches on a CPU package; see engine.runtime.executor.Executor.
+
+    `max_tokens` bounds the KV cache in positions over all sequences (default: one full context, at least 8,192).
+    Raises PackageInvalid for a library that is not what its manifest says or that this executor cannot drive.
+    """
+
+    def __init__(self, package: Package, max_tokens: int | None = None) -> None:
+        os.environ.setdefault("TVM_NUM_THREADS", str(count_cores()))  # read once; TVM alone would take half
+        from tvm import relax, runtime
+
+        library = package.manifest.library
+        if library.kv.kind != "tensor":
+            raise PackageInvalid(
+                f"{package.root}: this engine runs CPU packages only, and this one is for {library.target['name']}",
+                hint="build one for this machine: doit build target=cpu",
+            )
+        self._runtime = runtime
+        self._machine = relax.VirtualMachine(runtime.load_module(str(package.library_path)), runtime.device("cpu", 0))
+        self._check_library(package, library)
+        self._functions = {name: self._machine[name] for name in ("embed", "batch_prefill", "batch_decode")}
+        self._weights = _map_weights(package)
+        self._params = [runtime.from_dlpack(self._weights[p.name]) for p in library.params]
+        self.limits = make_limits(library, max_tokens)
+        kv = library.kv
+        shape = (kv.layers, self.limits.num_pages, 2, kv.kv_heads, kv.page_size, kv.head_dim)
+        self._pages = make_aligned(shape, np.dtype(kv.dtype))
+        self._kv = runtime.from_dlpack(self._pages)
+
+    def run(self, batch: Batch) -> np.ndarray:
+        """float32 [len(batch.logit_rows), vocab]; the array is the caller's to keep."""
+        tokens = len(batch.tokens)
+        if tokens > self.limits.prefill_chunk:
+            raise ValueError(f"{tokens} tokens in one batch, and the library takes {self.limits.prefill_chunk}")
+        where = [self._put(a) for a in (batch.positions, batch.rows, batch.page_table)]
+        embeds = self._functions["embed"](self._put(batch.tokens), self._params)
+        wanted = np.asarray(batch.logit_rows, np.int32)
+        if len(wanted) == tokens and np.array_equal(wanted, np.arange(tokens)):
+            logits, _ = self._functions["batch_decode"](embeds, *where, self._kv, self._params)
+        else:
+            logits, _ = self._functions["batch_prefill"](embeds, self._put(wanted), *where, self._kv, self._params)
+        padded: np.ndarray = np.from_dlpack(logits)
+        return padded[:, : self.limits.vocab_size].copy()
+
+    def copy_page(self, source: int, destination: int) -> None:
+        """Copy one page of every layer."""
+        self._pages[:, destination] = self._pages[:, source]
+
+    def close(self) -> None:
+        """Release the weights and pages; the executor cannot be used afterwards."""
+        self._functions, self._params, self._weights = {}, [], {}
+        self._kv = self._pages = self._machine = None
+
+    def _put(self, values: Any) -> Any:
+        return self._runtime.tensor(np.ascontiguousarray(values, dtype=np.int32))
+
+    def _check_library(self, package: Package, library: Library) -> None:
+        """The library must describe itself as the manifest does: a mixed-up file would read wrong memory."""
+        own = json.loads(self._machine["_metadata"]())
+        wanted = [[p.name, list(p.shape), p.dtype] for p in library.params]
+        if own["abi"] != library.abi or [[p["name"], p["shape"], p["dtype"]] for p in own["params"]] != wanted:
+            raise PackageInvalid(
+                f"{package.root}: {package.library_path.name} is not the library that manifest.json describes",
+                hint="rebuild the package: doit build model=... quantization=... target=...",
+            )
+
+
+def count_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def make_limits(library: Library, max_tokens: int | None) -> Limits:
+    """Limits of the library, with pages for `max_tokens` positions (rounded up)."""
+    context, page = library.limits.context_window, library.kv.page_size
+    tokens = max(context, 8192) if max_tokens is None else max(max_tokens, page)
+    return Limits(
+        context_window=min(context, math.ceil(tokens / page) * page),
+        prefill_chunk=library.limits.prefill_chunk,
+        max_batch=library.limits.max_batch,
+        page_size=page,
+        num_pages=math.ceil(tokens / page),
+        vocab_size=library.vocab_size,
+    )
+
+
+def make_aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    """Zeroed memory on a 2 MiB boundary, in huge pages where the system gives them."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    region = mmap.mmap(-1, nbytes + HUGE_PAGE)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        region.madvise(mmap.MADV_HUGEPAGE)
+    flat = np.frombuffer(region, np.uint8)
+    start = -flat.ctypes.data % HUGE_PAGE
+    return flat[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def _map_weights(package: Package) -> dict[str, np.ndarray]:
+    """Every parameter as a view of its mapped shard; shapes and dtypes are checked against the library."""
+    records = {r.name: r for r in load_weights_index(package.root)}
+    shards: dict[Path, np.ndarray] = {}
+    out = {}
+    for param in package.manifest.library.params:
+        record = records.get(param.name)
+        if record is None or record.shape != param.shape or record.dtype != param.dtype:
+            found = "is missing" if record is None else f"is {record.dtype} {list(record.shape)}"
+            raise PackageInvalid(
+                f"{package.root}: weight {param.name} {found}, and the library wants {param.dtype} {list(param.shape)}",
+                hint="rebuild the package: doit build model=... quantization=... target=...",
+            )
+        if record.shard not in shards:
+            shards[record.shard] = _map_file(record.shard)
+        data = shards[record.shard][record.offset : record.offset + record.nbytes]
+        if data.ctypes.data % ALIGNMENT:
+            raise PackageInvalid(f"{package.root}: weight {param.name} is not at a multiple of {ALIGNMENT} bytes")
+        out[param.name] = data.view(param.dtype).reshape(param.shape)
+    return out
+
+
+def _map_file(path: Path) -> np.ndarray:
+    """The file as bytes, mapped copy-on-write: DLPack refuses read-only memory, and nothing writes to it."""
+    with path.open("rb") as file:
+        region = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    return np.frombuffer(region, np.uint8)
