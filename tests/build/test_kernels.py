@@ -1,0 +1,195 @@
+"""Every CPU kernel alone against numpy, over shapes with tails; needs TVM and AVX-512 VNNI for one of them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tvm
+from mlcbuild.compiler.kernels import attention, elementwise, embedding, linear_rows16, linear_vnni, quantize_rows
+from mlcbuild.quantization import get_layout, get_method
+from mlcbuild.recipes.schema import Quantization
+
+from engine.artifact import get_cpu_features
+from engine.runtime.tvm_executor import make_aligned
+
+Q4F16 = Quantization(name="q4f16_1", method="group", bits=4, group_size=32, dtype="float16", activations="int8")
+Q4F32 = Quantization(name="q4f32_1", method="group", bits=4, group_size=32, dtype="float32")
+Q0F32 = Quantization(name="q0f32", method="plain", bits=32, dtype="float32")
+Q0F16 = Quantization(name="q0f16", method="plain", bits=16, dtype="float16")
+HAS_VNNI = "avx512_vnni" in (get_cpu_features() or ())
+needs_vnni = pytest.mark.skipif(not HAS_VNNI, reason="this processor has no AVX-512 VNNI")
+ROWS = [1, 2, 3, 5, 8, 13, 64, 65, 131]
+
+
+@pytest.fixture(scope="module")
+def rng():
+    return np.random.default_rng(0)
+
+
+def build(kernel):
+    """A callable of numpy arrays: in-place arguments come back through the arrays themselves."""
+    triple = {"kind": "llvm", "mcpu": "x86-64-v4" if HAS_VNNI else "x86-64-v3"}
+    if HAS_VNNI:
+        triple["mattr"] = ["+avx512vnni"]
+    target = tvm.target.Target(triple)
+    function = tvm.compile(tvm.IRModule({"f": kernel.with_attr("global_symbol", "f")}), target)["f"]
+
+    def run(*args):
+        passed, copies = [], []
+        for a in args:
+            if isinstance(a, np.ndarray):
+                copy = make_aligned(a.shape, a.dtype)
+                copy[...] = a
+                copies.append((a, copy))
+                passed.append(tvm.runtime.from_dlpack(copy))
+            else:
+                passed.append(a)
+        function(*passed)
+        for a, copy in copies:
+            a[...] = copy
+
+    return run
+
+
+def make_weights(rng, q, layout, shape):
+    """Packed tensors and the dense float32 matrix that they stand for."""
+    method = get_method(q.method)
+    canonical = method.quantize(q, rng.normal(0, 0.1, shape).astype(np.float32))
+    dense = method.dequantize(q, canonical)
+    return list(get_layout(layout).pack(q, canonical).values()), dense
+
+
+def quantize(x):
+    """numpy's version of quantize_rows: the float32 values that the codes stand for."""
+    groups = x.reshape(*x.shape[:-1], -1, 32)
+    largest = np.abs(groups).max(-1, keepdims=True)
+    codes = np.rint(groups * np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest > 0))
+    return (codes * (largest * np.float32(1 / 127))).reshape(x.shape).astype(np.float32)
+
+
+def codes_for(n, width):
+    """Empty output buffers of quantize_rows."""
+    entries = (n + 2 * ((n + 63) // 64)) * quantize_rows.groups(width)
+    return np.zeros(entries * 32, np.int8), np.zeros(entries, np.float32), np.zeros(entries, np.int32)
+
+
+@needs_vnni
+@pytest.mark.parametrize(("rows", "width"), [(32, 64), (48, 96), (16, 192), (96, 256)])
+@pytest.mark.parametrize(("bias", "residual"), [(False, False), (True, False), (False, True), (True, True)])
+def test_linear_vnni(rng, rows, width, bias, residual):
+    packed, dense = make_weights(rng, Q4F16, "x86-vnni-16x64", (rows, width))
+    quantizer = build(quantize_rows.make_quantize_rows(width))
+    kernel = build(linear_vnni.make_linear(rows, width, bias=bias, residual=residual))
+    shift = rng.normal(size=rows).astype(np.float32)
+    for n in ROWS:
+        x = rng.normal(size=(n, width)).astype(np.float32)
+        acts, y = codes_for(n, width), rng.normal(size=(n, rows)).astype(np.float32)
+        wanted = quantize(x) @ dense.T + (shift if bias else 0) + (y if residual else 0)
+        quantizer(x, *acts)
+        kernel(*packed, *acts, *([shift] if bias else []), y)
+        np.testing.assert_allclose(y, wanted, atol=2e-5, err_msg=f"{n} rows")
+
+
+@pytest.mark.parametrize("q", [Q4F16, Q4F32, Q0F32, Q0F16], ids=lambda q: q.name)
+@pytest.mark.parametrize("residual", [False, True])
+def test_linear_rows16(rng, q, residual):
+    rows, width = 40, 96  # rows is no multiple of 16: the last tile is padded
+    packed, dense = make_weights(rng, q, "rows16", (rows, width))
+    kernel = build(linear_rows16.make_linear(rows, width, q, bias=False, residual=residual))
+    for n in ROWS:
+        x, y = rng.normal(size=(n, width)).astype(np.float32), rng.normal(size=(n, 48)).astype(np.float32)
+        wanted = x @ dense.T + (y[:, :rows] if residual else 0)
+        kernel(*packed, x, y)
+        np.testing.assert_allclose(y[:, :rows], wanted, atol=2e-5, err_msg=f"{n} rows")
+
+
+@pytest.mark.parametrize("q", [Q4F16, Q4F32, Q0F32, Q0F16], ids=lambda q: q.name)
+def test_embedding_rows16(rng, q):
+    packed, dense = make_weights(rng, q, "rows16", (40, 96))
+    ids, y = np.array([0, 39, 17, 16], np.int32), np.zeros((4, 96), np.float32)
+    build(embedding.make_embedding_rows16(40, 96, q))(ids, *packed, y)
+    np.testing.assert_allclose(y, dense[ids], rtol=1e-6, atol=1e-7)
+
+
+def test_embedding_vnni(rng):
+    packed, dense = make_weights(rng, Q4F16, "x86-vnni-16x64", (40, 96))
+    ids, y = np.array([0, 39, 17, 16], np.int32), np.zeros((4, 96), np.float32)
+    build(embedding.make_embedding_vnni(40, 96))(ids, *packed, y)
+    np.testing.assert_array_equal(y, dense[ids])
+
+
+def test_elementwise(rng):
+    x, weight = rng.normal(size=(5, 96)).astype(np.float32), rng.normal(size=96).astype(np.float32)
+    y = np.zeros_like(x)
+    build(elementwise.make_rms_norm(96, 1e-5))(x, weight, y)
+    np.testing.assert_allclose(y, x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5) * weight, rtol=1e-5)
+    gate_up, y = (rng.normal(size=(5, 192)) * 8).astype(np.float32), np.zeros((5, 96), np.float32)
+    build(elementwise.make_silu_mul(96))(gate_up, y)
+    gate, up = gate_up[:, :96].astype(np.float64), gate_up[:, 96:]
+    np.testing.assert_allclose(y, gate / (1 + np.exp(-gate)) * up, rtol=2e-6, atol=1e-6)
+    y, rows = np.zeros((3, 96), np.float32), np.array([4, 0, 4], np.int32)
+    build(elementwise.make_take_rows(96))(x, rows, y)
+    np.testing.assert_array_equal(y, x[rows])
+
+
+def test_rope_table():
+    frequencies = elementwise.inverse_frequencies(64, 10000.0, None)
+    positions, table = np.array([0, 1, 1000], np.int32), np.zeros((3, 64), np.float32)
+    build(elementwise.make_rope_table(64))(positions, frequencies, table)
+    angle = positions[:, None].astype(np.float32) * frequencies
+    np.testing.assert_allclose(table, np.concatenate([np.cos(angle), np.sin(angle)], -1), atol=1e-6)
+
+
+def test_quantize_rows_of_zeros():
+    acts = codes_for(2, 64)
+    build(quantize_rows.make_quantize_rows(64))(np.zeros((2, 64), np.float32), *acts)
+    assert not any(a[: 2 * 2].any() for a in acts)
+
+
+def test_unknown_rope_type_is_refused():
+    with pytest.raises(ValueError, match="rope_type 'yarn' is not implemented"):
+        elementwise.inverse_frequencies(64, 1e4, {"rope_type": "yarn", "factor": 2.0})
+
+
+def attend(q, positions, rows, history):
+    """numpy: token m sees its own sequence up to its position; history is {row: [2, length, kv_heads, d]}."""
+    out = np.zeros_like(q)
+    for m, (position, row) in enumerate(zip(positions, rows, strict=True)):
+        for head in range(q.shape[1]):
+            source = head // (q.shape[1] // history[row][0].shape[1])
+            keys, values = (t[: position + 1, source] for t in history[row])
+            scores = keys @ q[m, head] / np.sqrt(q.shape[2])
+            p = np.exp(scores - scores.max())
+            out[m, head] = p @ values / p.sum()
+    return out
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "d"), [(8, 4, 32), (8, 2, 64), (7, 1, 64), (2, 2, 128), (20, 1, 32)])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_attention_over_pages(rng, heads, kv_heads, d, dtype):
+    """Chunks of two sequences, mixed with single tokens, appended and attended through a shuffled page table."""
+    h = attention.Heads(layers=2, heads=heads, kv_heads=kv_heads, head_dim=d, dtype=dtype)
+    append, attend_kernel = build(attention.make_rope_append(h)), build(attention.make_attention(h))
+    pages = np.full((2, 12, 2, kv_heads, 16, d), np.nan, dtype)  # what was never written must never be read
+    table = rng.permutation(12).astype(np.int32).reshape(2, 6)
+    history = {0: None, 1: None}
+    calls = [([0] * 19, range(19)), ([0] + [1] * 6, [19, *range(6)]), ([0, 1], [20, 6]), ([1] * 30, range(7, 37))]
+    for rows, positions in calls:
+        rows, positions = np.array(rows, np.int32), np.array(positions, np.int32)
+        n = len(rows)
+        qkv = rng.normal(size=(n, h.width)).astype(np.float32)
+        angle = rng.normal(size=(n, d // 2)).astype(np.float32)
+        rope = np.concatenate([np.cos(angle), np.sin(angle)], -1)
+        x = qkv.reshape(n, heads + 2 * kv_heads, d).copy()
+        a, b = x[:, : heads + kv_heads, : d // 2].copy(), x[:, : heads + kv_heads, d // 2 :].copy()
+        cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
+        x[:, : heads + kv_heads] = np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+        for m, row in enumerate(rows):
+            kv = x[m, heads:].astype(dtype).astype(np.float32).reshape(2, 1, kv_heads, d)
+            history[row] = kv if history[row] is None else np.concatenate([history[row], kv], 1)
+        append(qkv, pages, rope, positions, rows, table, 1)
+        y = np.zeros((n, heads * d), np.float32)
+        attend_kernel(qkv, pages, positions, rows, table, 1, y)
+        wanted = attend(x[:, :heads], positions, rows, history)
+        np.testing.assert_allclose(y.reshape(n, heads, d), wanted, atol=2e-5)
+    assert np.isnan(pages[0]).all()  # the other layer is untouched
