@@ -1,0 +1,156 @@
+"""The plain data that the parts of the engine hand to each other; numpy is named here but not imported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from engine.errors import EngineError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What an executor can hold and take; fixed when it starts.
+
+    `context_window`: positions of one sequence. `prefill_chunk`: tokens of one batch, over all its sequences.
+    `max_batch`: sequences of one batch. The KV cache has `num_pages` pages of `page_size` positions, for all sequences
+    together.
+    """
+
+    context_window: int
+    prefill_chunk: int
+    max_batch: int
+    page_size: int
+    num_pages: int
+    vocab_size: int
+
+    @property
+    def max_length(self) -> int:
+        """Tokens, prompt and reply, that one sequence can reach when it has the whole cache to itself."""
+        return min(self.context_window, self.num_pages * self.page_size)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to pick tokens and when to end. Checked by `engine.engine.check_request`, not here.
+
+    temperature       0 = the likeliest token, always; ties go to the smaller id
+    top_p             keep the likeliest tokens until their probabilities sum to this; 1 = keep all
+    top_k             keep this many of the likeliest tokens; 0 = keep all
+    seed              same seed, package and request = same tokens, whatever else is running; None = from the system
+    max_tokens        end with "length" after so many tokens; None = what the context still holds
+    stop              end with "stop" before any of these strings appears in the text
+    stop_token_ids    end with "stop" at these tokens, besides those of the model
+    ignore_eos        go on after the model's own end tokens
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt to continue. `arrival` is in seconds of `time.monotonic`."""
+
+    request_id: str
+    prompt_tokens: tuple[int, ...]
+    params: SamplingParams
+    arrival: float
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One call of the executor: some next tokens of some sequences. All arrays are int32.
+
+    tokens      [n]     token ids; the tokens of one sequence are adjacent and in order
+    positions   [n]     position of each token in its sequence: its key and value are written there
+    rows        [n]     row of `page_table`, i.e. which sequence; starts at 0, never falls, skips none
+    page_table  [s, p]  page of positions [i * page_size, (i + 1) * page_size) of each sequence; unused ends hold 0
+    logit_rows  [b]     indices into `tokens`, rising: those whose next-token logits are wanted; b may be 0
+
+    A token sees the positions of its own sequence up to its own, those of earlier batches included.
+    """
+
+    tokens: NDArray[np.int32]
+    positions: NDArray[np.int32]
+    rows: NDArray[np.int32]
+    page_table: NDArray[np.int32]
+    logit_rows: NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What one request took. Times in seconds; None until there is something to measure.
+
+    `queued`: arrival to first computed. `ttft`: arrival to first token. `decoding`: first to latest token.
+    """
+
+    prompt_tokens: int
+    completion_tokens: int = 0
+    queued: float | None = None
+    ttft: float | None = None
+    decoding: float | None = None
+
+    @property
+    def total_tokens(self) -> int:
+        """Prompt and reply together."""
+        return self.prompt_tokens + self.completion_tokens
+
+    @property
+    def decode_rate(self) -> float | None:
+        """Tokens per second after the first; None with fewer than two."""
+        return (self.completion_tokens - 1) / self.decoding if self.decoding else None
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What one request has gained since its previous Output; joined together they are the reply.
+
+    `text` may be empty while a character or a possible stop string is incomplete. `token_ids` are all sampled tokens,
+    the one that ended the reply included. `usage` is the state so far, not a difference. The last Output of a request,
+    and only that, has a `finish_reason`; `error` is set when that is "error".
+    """
+
+    request_id: str
+    text: str
+    token_ids: tuple[int, ...]
+    usage: Usage
+    finish_reason: FinishReason | None = None
+    error: EngineError | None = None
+
+
+def join_outputs(first: Output, second: Output) -> Output:
+    """One Output that says what two consecutive ones of a request say."""
+    return Output(
+        first.request_id,
+        first.text + second.text,
+        first.token_ids + second.token_ids,
+        second.usage,
+        second.finish_reason,
+        second.error,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """The engine at one moment, and its counters since start."""
+
+    running: int
+    waiting: int
+    free_pages: int
+    num_pages: int
+    prompt_tokens: int
+    completion_tokens: int
+    preemptions: int

@@ -1,0 +1,68 @@
+"""What a request must be before it may reach the loop: checked on the caller's thread, so that the loop need not."""
+
+from __future__ import annotations
+
+import math
+
+from engine.core import Limits, Request, SamplingParams
+from engine.errors import InvalidRequest
+
+MAX_STOPS = 16
+MAX_STOP_LENGTH = 256
+
+
+def check_request(request: Request, limits: Limits) -> None:
+    """Raise InvalidRequest, with the name of the parameter at fault, for what the engine could never do."""
+    _check_prompt(request.prompt_tokens, limits)
+    _check_params(request.params, limits)
+
+
+def get_max_tokens(request: Request, limits: Limits) -> int:
+    """How many tokens the reply may have: what was asked for, clipped to what the context holds after the prompt."""
+    room = limits.max_length - len(request.prompt_tokens)
+    return room if request.params.max_tokens is None else min(request.params.max_tokens, room)
+
+
+def _check_prompt(tokens: tuple[int, ...], limits: Limits) -> None:
+    if not tokens:
+        raise InvalidRequest("the prompt is empty: it has no tokens", hint="send at least one token", param="prompt")
+    if len(tokens) >= limits.max_length:
+        raise InvalidRequest(
+            f"the context holds {limits.max_length} tokens, and the prompt has {len(tokens)}: no room for a reply",
+            hint=f"shorten the prompt to at most {limits.max_length - 1} tokens",
+            code="context_length_exceeded",
+            param="messages",
+        )
+    wrong = next((t for t in tokens if not 0 <= t < limits.vocab_size), None)
+    if wrong is not None:
+        raise InvalidRequest(
+            f"token {wrong} of the prompt is not in the vocabulary of {limits.vocab_size}",
+            hint="use this package's own tokenizer",
+            param="prompt",
+        )
+
+
+def _check_params(params: SamplingParams, limits: Limits) -> None:
+    checks = (
+        ("temperature", 0 <= params.temperature <= 2, "between 0 and 2"),
+        ("top_p", 0 < params.top_p <= 1, "above 0 and at most 1"),
+        ("top_k", params.top_k >= 0, "0 (off) or more"),
+        ("max_tokens", params.max_tokens is None or params.max_tokens >= 1, "1 or more"),
+        ("seed", params.seed is None or -(2**63) <= params.seed < 2**64, "a 64-bit integer"),
+    )
+    for name, ok, wanted in checks:
+        value = getattr(params, name)
+        if not ok or (isinstance(value, float) and not math.isfinite(value)):
+            raise InvalidRequest(f"{name} is {value}", hint=f"it must be {wanted}", param=name)
+    if len(params.stop) > MAX_STOPS or any(not 1 <= len(s) <= MAX_STOP_LENGTH for s in params.stop):
+        raise InvalidRequest(
+            f"stop takes at most {MAX_STOPS} strings of 1 to {MAX_STOP_LENGTH} characters",
+            hint="send fewer or shorter ones",
+            param="stop",
+        )
+    if any(not 0 <= t < limits.vocab_size for t in params.stop_token_ids):
+        raise InvalidRequest(
+            "stop_token_ids holds a token outside of the vocabulary",
+            hint=f"it must be 0 to {limits.vocab_size - 1}",
+            param="stop_token_ids",
+        )

@@ -1,0 +1,31 @@
+"""The boundary between deciding and computing: whatever implements this can drive the engine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from engine.core import Batch, Limits
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+class Executor(Protocol):
+    """Holds the weights and the KV pages. Made, used and closed by one thread (TVM's thread pool belongs to it)."""
+
+    @property
+    def limits(self) -> Limits:
+        """What this executor can hold and take; never changes."""
+
+    def run(self, batch: Batch) -> NDArray[np.float32]:
+        """Write the batch's keys and values into their pages; next-token logits [len(logit_rows), vocab_size].
+
+        The array is the caller's to keep. An exception means that the executor cannot be used any more.
+        """
+
+    def copy_page(self, source: int, destination: int) -> None:
+        """Make page `destination` equal to page `source`, in every layer."""
+
+    def close(self) -> None:
+        """Release everything."""
