@@ -199,11 +199,3 @@ KINDS: dict[str, type[Recipe]] = {
     "targets": Target,
     "matrices": Matrix,
 }
-
-
-def make_json_schema(kind: str) -> dict[str, Any]:
-    """The JSON Schema of one kind of recipe file, for editors; `name` is left out, as in the files."""
-    schema = KINDS[kind].model_json_schema()
-    del schema["properties"]["name"]
-    schema["required"].remove("name")
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
