@@ -60,12 +60,15 @@ class TvmExecutor:
         where = [self._put(a) for a in (batch.positions, batch.rows, batch.page_table)]
         embeds = self._functions["embed"](self._put(batch.tokens), self._params)
         wanted = np.asarray(batch.logit_rows, np.int32)
+        rows = len(wanted)
+        if not rows:  # the kernels take at least one row
+            wanted = np.zeros(1, np.int32)
         if len(wanted) == tokens and np.array_equal(wanted, np.arange(tokens)):
             logits, _ = self._functions["batch_decode"](embeds, *where, self._kv, self._params)
         else:
             logits, _ = self._functions["batch_prefill"](embeds, self._put(wanted), *where, self._kv, self._params)
         padded: np.ndarray = np.from_dlpack(logits)
-        return padded[:, : self.limits.vocab_size].copy()
+        return padded[:rows, : self.limits.vocab_size].copy()
 
     def copy_page(self, source: int, destination: int) -> None:
         """Copy one page of every layer."""
