@@ -65,27 +65,33 @@ def make_rope_append(h: Heads) -> tirx.PrimFunc:
         qkv, pages = tir.arg("qkv", (n, h.width), "float32"), _pages(h)
         rope = tir.arg("rope", (n, d), "float32")
         positions, rows, table, layer = _where()
+
+        def rotate(m: Expr, head: Expr) -> None:
+            for i in range(0, half, 16):
+                a = T.bind(vec2(qkv, m, head * d + i))
+                b = T.bind(vec2(qkv, m, head * d + half + i))
+                cos, sin = T.bind(vec2(rope, m, i)), T.bind(vec2(rope, m, half + i))
+                put2(qkv, m, head * d + i, a * cos - b * sin)
+                put2(qkv, m, head * d + half + i, b * cos + a * sin)
+
+        def append(m: Expr) -> None:
+            position = T.bind(T.cast(positions[m], "int64"))
+            page = T.bind(T.cast(table[T.cast(rows[m], "int64"), position // PAGE], "int64"))
+            slot = T.bind(position % PAGE)
+            with T.serial(h.heads + h.kv_heads) as head:
+                rotate(m, head)
+            with T.serial(h.kv_heads) as head:
+                k, v = (h.heads + head) * d, (h.heads + h.kv_heads + head) * d
+                with T.serial(d) as i:
+                    at = [layer, page, 0, head, i // per_line, i % per_line * PAGE + slot]
+                    T.buffer_store(pages, T.cast(qkv[m, k + i], h.dtype), at)
+                for i in range(0, d, 16):
+                    value = T.cast(vec2(qkv, m, v + i), f"{h.dtype}x16")
+                    T.buffer_store(pages, value, [layer, page, 1, head, slot, T.ramp(i, 1, 16)])
+
         with tir.root():
             tir.begin()
-            with T.parallel(n) as m:
-                position = T.bind(T.cast(positions[m], "int64"))
-                page = T.bind(T.cast(table[T.cast(rows[m], "int64"), position // PAGE], "int64"))
-                slot = T.bind(position % PAGE)
-                with T.serial(h.heads + h.kv_heads) as head:
-                    for i in range(0, half, 16):
-                        a = T.bind(vec2(qkv, m, head * d + i))
-                        b = T.bind(vec2(qkv, m, head * d + half + i))
-                        cos, sin = T.bind(vec2(rope, m, i)), T.bind(vec2(rope, m, half + i))
-                        put2(qkv, m, head * d + i, a * cos - b * sin)
-                        put2(qkv, m, head * d + half + i, b * cos + a * sin)
-                with T.serial(h.kv_heads) as head:
-                    k, v = (h.heads + head) * d, (h.heads + h.kv_heads + head) * d
-                    with T.serial(d) as i:
-                        at = [layer, page, 0, head, i // per_line, i % per_line * PAGE + slot]
-                        T.buffer_store(pages, T.cast(qkv[m, k + i], h.dtype), at)
-                    for i in range(0, d, 16):
-                        value = T.cast(vec2(qkv, m, v + i), f"{h.dtype}x16")
-                        T.buffer_store(pages, value, [layer, page, 1, head, slot, T.ramp(i, 1, 16)])
+            tir.for_each_row(n, append)
 
     return tir.make_prim_func(body)
 

@@ -11,7 +11,7 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from mlcbuild.compiler.kernels import tir
-from mlcbuild.compiler.kernels.tir import Accumulator, f32, fma, put2, spread, vec, vec2
+from mlcbuild.compiler.kernels.tir import Accumulator, Expr, f32, fma, put2, spread, vec, vec2
 
 
 def make_rms_norm(hidden: int, eps: float) -> tirx.PrimFunc:
@@ -23,19 +23,22 @@ def make_rms_norm(hidden: int, eps: float) -> tirx.PrimFunc:
         weight = tir.arg("weight", (hidden,), "float32")
         y = tir.arg("y", (n, hidden), "float32")
         chains = 4 if hidden % 64 == 0 else 1
+
+        def normalize(m: Expr) -> None:
+            sums = [Accumulator() for _ in range(chains)]
+            with T.serial(hidden // (16 * chains)) as k:
+                for i, s in enumerate(sums):
+                    v = T.bind(vec2(x, m, (k * chains + i) * 16))
+                    s.set(fma(v, v, s.get()))
+            square = tir.reduce_sum(sum((s.get() for s in sums[1:]), sums[0].get()))
+            mean = square * T.float32(1 / hidden) + T.float32(eps)
+            inverse = T.bind(T.float32(1) / tir.call("float32", "sqrt", mean))
+            with T.serial(hidden // 16) as k:
+                put2(y, m, k * 16, vec2(x, m, k * 16) * spread(inverse) * vec(weight, k * 16))
+
         with tir.root():
             tir.begin()
-            with T.parallel(n) as m:
-                sums = [Accumulator() for _ in range(chains)]
-                with T.serial(hidden // (16 * chains)) as k:
-                    for i, s in enumerate(sums):
-                        v = T.bind(vec2(x, m, (k * chains + i) * 16))
-                        s.set(fma(v, v, s.get()))
-                square = tir.reduce_sum(sum((s.get() for s in sums[1:]), sums[0].get()))
-                mean = square * T.float32(1 / hidden) + T.float32(eps)
-                inverse = T.bind(T.float32(1) / tir.call("float32", "sqrt", mean))
-                with T.serial(hidden // 16) as k:
-                    put2(y, m, k * 16, vec2(x, m, k * 16) * spread(inverse) * vec(weight, k * 16))
+            tir.for_each_row(n, normalize)
 
     return tir.make_prim_func(body)
 
@@ -105,11 +108,15 @@ def make_rope_table(head_dim: int) -> tirx.PrimFunc:
         positions = tir.arg("positions", (n,), "int32")
         frequencies = tir.arg("frequencies", (half,), "float32")
         table = tir.arg("table", (n, head_dim), "float32")
-        with tir.root():
-            tir.begin()
-            with T.parallel(n) as m, T.serial(half) as i:
+
+        def rotate(m: Expr) -> None:
+            with T.serial(half) as i:
                 angle = T.bind(T.cast(positions[m], "float32") * frequencies[i])
                 T.buffer_store(table, T.cos(angle), [m, i])
                 T.buffer_store(table, T.sin(angle), [m, i + half])
+
+        with tir.root():
+            tir.begin()
+            tir.for_each_row(n, rotate)
 
     return tir.make_prim_func(body)

@@ -46,11 +46,14 @@ def _make(hidden: int, reader: Callable[[], Callable[[Expr, Expr, Expr], Expr]])
         ids = tir.arg("ids", (n,), "int32")
         element = reader()
         y = tir.arg("y", (n, hidden), "float32")
+
+        def look_up(m: Expr) -> None:
+            row = T.bind(T.cast(ids[m], "int64"))
+            with T.serial(hidden) as k:
+                T.buffer_store(y, element(row // 16, row % 16, k), [m, k])
+
         with tir.root():
             tir.begin()
-            with T.parallel(n) as m:
-                row = T.bind(T.cast(ids[m], "int64"))
-                with T.serial(hidden) as k:
-                    T.buffer_store(y, element(row // 16, row % 16, k), [m, k])
+            tir.for_each_row(n, look_up)
 
     return tir.make_prim_func(body)

@@ -53,17 +53,19 @@ def make_quantize_rows(in_features: int) -> tirx.PrimFunc:
         n = tir.size("n")
         x = tir.arg("x", (n, in_features), "float32")
         codes, scales, corrections = code_args(in_features)
+
+        def quantize(m: Expr) -> None:
+            block = T.bind(block_rows(n))
+            first = T.bind(m // block * per_row * block + m % block)
+            with T.serial(in_features // GROUP) as g:
+                halves = [T.bind(vec2(x, m, g * GROUP + i)) for i in (0, 16)]
+                _store_group(halves, T.bind(first + g * block), codes, scales, corrections)
+            for g in range(in_features // GROUP, per_row):  # padding of K to 64
+                _store_group([f32(0), f32(0)], first + g * block, codes, scales, corrections)
+
         with tir.root():
             tir.begin()
-            with T.parallel(n) as m:
-                block = T.bind(block_rows(n))
-                first = T.bind(m // block * per_row * block + m % block)
-                with T.serial(in_features // GROUP) as g:
-                    at = T.bind(first + g * block)
-                    halves = [T.bind(vec2(x, m, g * GROUP + i)) for i in (0, 16)]
-                    _store_group(halves, at, codes, scales, corrections)
-                for g in range(in_features // GROUP, per_row):  # padding of K to 64
-                    _store_group([f32(0), f32(0)], first + g * block, codes, scales, corrections)
+            tir.for_each_row(n, quantize)
 
     return tir.make_prim_func(body)
 

@@ -53,6 +53,15 @@ def scratch(elements: Expr, dtype: str = "float32") -> Expr:
     return T.alloc_buffer((elements,), dtype, scope="global", align=64)
 
 
+def for_each_row(n: Expr, emit: Callable[[Expr], None]) -> None:
+    """Run `emit(row)` for n rows on all cores; a lone row runs at once, since waking the workers costs more."""
+    with T.If(n == 1):
+        with T.Then():
+            emit(T.int64(0))
+        with T.Else(), T.parallel(n) as row:
+            emit(row)
+
+
 class Accumulator:
     """One vector register: a 64-byte buffer of constant index, which LLVM promotes to a register."""
 
