@@ -49,10 +49,16 @@ def compute_divergence(reference: NDArray[np.float32], model: NDArray[np.float32
 
 
 def compute_perplexity(log_probs: NDArray[np.float32], windows: Sequence[NDArray[np.int32]]) -> float:
-    """exp of the mean negative log-probability of each token but the first of its window."""
+    """exp of the mean negative log-probability of what follows each measured row; see list_measured_rows."""
     losses, start = [], 0
     for window in windows:
-        rows = np.arange(start, start + len(window) - 1)
-        losses.append(-log_probs[rows, window[1:]].astype(np.float64))
+        rows = np.arange(start + 1, start + len(window) - 1)
+        losses.append(-log_probs[rows, window[2:]].astype(np.float64))
         start += len(window)
     return math.exp(min(float(np.concatenate(losses).mean()), 700.0))  # a broken model's would overflow
+
+
+def list_measured_rows(lengths: Sequence[int]) -> NDArray[np.int64]:
+    """The rows that are compared: all but the first of each window, where the model has seen next to nothing."""
+    starts = np.cumsum([0, *lengths[:-1]])
+    return np.concatenate([np.arange(s + 1, s + n) for s, n in zip(starts, lengths, strict=True)])

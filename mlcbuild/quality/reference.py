@@ -8,6 +8,7 @@ what it is and the reference's own perplexity.
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from mlcbuild.quality.references import Report, get_reference
 if TYPE_CHECKING:
     from mlcbuild.weights.source import WeightSource
 
+SHORTEST = 3  # tokens of a window: one to see, one to measure at, one to predict
 WINDOW = 256  # tokens that see each other; enough to need several KV pages, short enough to be quick
 MOST_TOKENS = 2000
 RANDOM_TOKENS = 64
@@ -87,9 +89,9 @@ def load_reference(folder: Path) -> ReferenceData:
     """Read what compute_reference wrote. Raises QualityError when it is missing or damaged."""
     try:
         summary = json.loads((folder / TEXT).read_text(encoding="utf-8"))
-        with np.load(folder / ARRAYS, allow_pickle=False) as arrays:
+        with (folder / ARRAYS).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             tokens, lengths, stored = arrays["tokens"], arrays["lengths"], arrays["log_probs"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise QualityError(
             f"{folder}: the reference cannot be read: {error}",
             hint=f"make it again: delete the folder, then doit reference:{folder.name}",
@@ -118,8 +120,8 @@ def load_windows(source: Path, text: Path, vocabulary: int) -> list[NDArray[np.i
     prefix = tokenizer.encode("", add_special_tokens=True).ids
     ids = tokenizer.encode(text.read_text(encoding="utf-8"), add_special_tokens=False).ids
     ids = ids[: min(MOST_TOKENS, MOST_BYTES // (2 * vocabulary))]
-    if len(ids) < 2:
+    if len(ids) < SHORTEST:
         raise QualityError(f"{text}: the held-out text is too short: {len(ids)} tokens", hint="give at least a page")
     step = WINDOW - len(prefix)
     windows = [np.array(prefix + ids[i : i + step], np.int32) for i in range(0, len(ids), step)]
-    return [window for window in windows if len(window) > 1]
+    return [window for window in windows if len(window) >= SHORTEST]
