@@ -20,12 +20,20 @@ from tvm.s_tir import dlight
 from mlcbuild.compiler.passes.attach_metadata import attach_metadata
 from mlcbuild.compiler.passes.check_scheduled import check_scheduled
 from mlcbuild.compiler.passes.set_bounds import set_bounds
+from mlcbuild.compiler.passes.specialize_low_batch import specialize_low_batch
 from mlcbuild.recipes.schema import Target
 
 # Names are relax.transform's. Operators become kernels, and neighbours one kernel.
-FUSE = ("LegalizeOps", "AnnotateTIROpPattern", "FoldConstant", "FuseOps", "FuseTIR", "DeadCodeElimination")
-# Values become buffers in planned storages.
-PLAN = ("RewriteDataflowReshape", "ToNonDataflow", "RemovePurityChecking", "CallTIRRewrite", "StaticPlanBlockMemory")
+FUSE = ("LegalizeOps", "AnnotateTIROpPattern", "FoldConstant", "FuseOps", "FuseTIR")
+# Values become buffers in planned storages; a reshape becomes a view, and its kernel is dead.
+PLAN = (
+    "RewriteDataflowReshape",
+    "DeadCodeElimination",
+    "ToNonDataflow",
+    "RemovePurityChecking",
+    "CallTIRRewrite",
+    "StaticPlanBlockMemory",
+)
 # Buffers and symbolic sizes become instructions of the virtual machine.
 LOWER = (
     "LowerAllocTensor",
@@ -52,11 +60,14 @@ def make_pipeline(target: Target, bounds: Mapping[str, int], describe: Callable[
     memory plan made (see memory.estimate_memory). On a CPU every kernel is our own TIR, already fused and scheduled.
     """
     stages = [Stage("SetBounds", partial(set_bounds, bounds=bounds))]
-    if target.kind == "cpu":
-        stages += _named("DeadCodeElimination")
-    else:
+    if target.kind != "cpu":
         schedule = dlight.ApplyDefaultSchedule(*_gpu_rules())
-        stages += [*_named(*FUSE), Stage("ApplyDefaultSchedule", schedule), Stage("CheckScheduled", check_scheduled)]
+        stages += [
+            *_named(*FUSE),
+            Stage("SpecializeLowBatch", specialize_low_batch),
+            Stage("ApplyDefaultSchedule", schedule),
+            Stage("CheckScheduled", check_scheduled),
+        ]
     metadata = Stage("AttachMetadata", lambda module: attach_metadata(module, describe(module)))
     return [*stages, *_named(*PLAN), metadata, *_named(*LOWER)]
 
