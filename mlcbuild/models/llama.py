@@ -154,9 +154,10 @@ def make_weight_map(config: Config) -> WeightMap:
     for i in range(config.num_hidden_layers):
         at, mlp = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
         qkv = tuple(f"{at}.{part}_proj" for part in "qkv")
-        width = (heads + 2 * kv_heads) * config.head_dim
+        rows = (heads * config.head_dim, kv_heads * config.head_dim, kv_heads * config.head_dim)
+        width = sum(rows)
         entries += [
-            Entry(f"{at}.qkv_proj", tuple(f"{p}.weight" for p in qkv), "linear", (width, hidden)),
+            Entry(f"{at}.qkv_proj", tuple(f"{p}.weight" for p in qkv), "linear", (width, hidden), rows),
             Entry(f"{at}.o_proj", (f"{at}.o_proj.weight",), "linear", (hidden, heads * config.head_dim)),
             Entry(
                 f"{mlp}.gate_up_proj",
@@ -167,7 +168,7 @@ def make_weight_map(config: Config) -> WeightMap:
             Entry(f"{mlp}.down_proj", (f"{mlp}.down_proj.weight",), "linear", (hidden, config.intermediate_size)),
         ]
         if config.attention_bias:
-            entries.append(Entry(f"{at}.qkv_proj.bias", tuple(f"{p}.bias" for p in qkv), "vector", (width,)))
+            entries.append(Entry(f"{at}.qkv_proj.bias", tuple(f"{p}.bias" for p in qkv), "vector", (width,), rows))
         for norm in ("input_layernorm", "post_attention_layernorm"):
             name = f"model.layers.{i}.{norm}.weight"
             entries.append(Entry(name, (name,), "vector", (hidden,)))

@@ -18,14 +18,22 @@ LISTED = 8  # names shown of a long list; a wrong family would list hundreds
 class Entry:
     """One parameter: `sources` are concatenated along axis 0 to `shape`.
 
-    A "linear" or "embedding" (N, K) is quantized, and `name` lacks the suffix that its method gives it; a "vector"
-    (N,) is a norm weight or bias, and carries its full name.
+    `rows` says how many rows each source has; without it they are equally long. A "linear" or "embedding" (N, K) is
+    quantized, and `name` lacks the suffix that its method gives it; a "vector" (N,) is a norm weight or bias, and
+    carries its full name.
     """
 
     name: str
     sources: tuple[str, ...]
     kind: Literal["linear", "embedding", "vector"]
     shape: tuple[int, ...]
+    rows: tuple[int, ...] = ()
+
+    @property
+    def source_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape that each source tensor must have."""
+        rows = self.rows or (self.shape[0] // len(self.sources),) * len(self.sources)
+        return {name: (count, *self.shape[1:]) for name, count in zip(self.sources, rows, strict=True)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,25 +56,15 @@ def check_mapping(weight_map: WeightMap, source: WeightSource) -> None:
         problems.append(f"{len(missing)} tensors are missing: {shorten(missing)}")
     if leftover:
         problems.append(f"{len(leftover)} tensors have no place: {shorten(leftover)}")
-    if not missing:
-        problems += [text for entry in weight_map.entries if (text := describe_misfit(entry, source))]
+    for entry in weight_map.entries:
+        for name, shape in entry.source_shapes.items():
+            if name in present and source.shape(name) != shape:
+                problems.append(f"{name} has shape {list(source.shape(name))}, expected {list(shape)}")
     if problems:
         raise WeightError(
             f"{source.label}: the checkpoint does not fit the model family\n  " + "\n  ".join(problems[:LISTED]),
             hint="check `family` and `config` in the model recipe against the checkpoint's config.json",
         )
-
-
-def describe_misfit(entry: Entry, source: WeightSource) -> str:
-    """What is wrong with the shapes behind an entry, or ''."""
-    shapes = [source.shape(name) for name in entry.sources]
-    rows = sum(shape[0] for shape in shapes if shape)
-    if all(len(shape) == len(entry.shape) and shape[1:] == entry.shape[1:] for shape in shapes) and (
-        rows == entry.shape[0]
-    ):
-        return ""
-    found = ", ".join(f"{name} {list(shape)}" for name, shape in zip(entry.sources, shapes, strict=True))
-    return f"{entry.name} needs {list(entry.shape)}, found {found}"
 
 
 def shorten(names: list[str]) -> str:
