@@ -9,6 +9,7 @@
     ├── CompileError        the compiler could not make a library
     ├── PackageError        a package could not be written
     ├── QualityError        a package fails the gate of its model recipe
+    ├── StepError           a step of tasks/ broke its contract: no `run`, an output missing, an input not made
     └── StoreError          the content store cannot be read or written
 
 Each carries a hint: what to do next, if possible a command to paste.
@@ -59,6 +60,10 @@ class PackageError(MlcbuildError):
 
 class QualityError(MlcbuildError):
     """A package fails the gate of its model recipe."""
+
+
+class StepError(MlcbuildError):
+    """A step broke its contract: no `run`, a declared output missing, or an input that nothing made."""
 
 
 class StoreError(MlcbuildError):

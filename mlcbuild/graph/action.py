@@ -17,13 +17,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 # Raise it when the meaning of a key or of a stored record changes: every old record is then a miss.
 SCHEMA = 1
+# The graph's own files: state, locks, scratch folders, digests. All of it may be deleted between builds.
+PRIVATE = Path("artifacts/.graph")
 
 
 class Report(Protocol):
@@ -65,18 +67,25 @@ class Action:
         return f"{self.step}:{self.name}"
 
 
-def _ignore_report(text: str, fraction: float | None = None) -> None:
-    """A Report for nobody."""
-
-
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What `run` receives: `inputs` are absolute paths to read, `outputs` scratch paths to make."""
+    """What `run` receives: `inputs` are absolute paths to read, `outputs` scratch paths to make.
+
+    `report(text, fraction)` tells how far it is; `digest(path)` is the SHA-256 (hex) of a file, remembered, so that
+    large files need not be read again.
+    """
 
     params: Mapping[str, Any]
     inputs: Mapping[str, Path]
     outputs: Mapping[str, Path]
-    report: Report = field(default=_ignore_report)
+    report: Report
+    digest: Callable[[Path], str]
+
+
+def get_provenance_path(task: str) -> Path:
+    """Where the key and specification of a task's last action are kept (JSON: key, made_of), for steps that need it."""
+    step, _, name = task.partition(":")
+    return PRIVATE / "actions" / step / f"{name}.json"
 
 
 def make_canonical_json(value: Any) -> str:

@@ -1,0 +1,289 @@
+"""Executes one action through the cache: current, else restored from the store, else run in a scratch folder.
+
+    key -> is what we have current? -> does the store have it? -> run -> store -> outputs -> state
+
+The store hears of a result before its outputs appear, and outputs appear by rename, so a build that is killed anywhere
+leaves nothing that a later one would mistake for finished.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import importlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from mlcbuild.errors import MlcbuildError, StepError, StoreError
+from mlcbuild.graph.action import (
+    PRIVATE,
+    Action,
+    Context,
+    Report,
+    get_provenance_path,
+    make_canonical_json,
+    make_key,
+    make_specification,
+)
+from mlcbuild.graph.code import CodeDigests
+from mlcbuild.graph.digest import DigestMemo, get_stat
+from mlcbuild.graph.store import Record, Store, make_blobs
+from mlcbuild.graph.versions import get_version
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How an action ended: `status` is ok (it was current), hit (restored) or run; `seconds` it took just now."""
+
+    status: str
+    key: str
+    seconds: float
+
+
+def ignore_report(text: str, fraction: float | None = None) -> None:
+    """A Report for nobody."""
+
+
+@dataclass
+class Settings:
+    """What the command line decides for the whole process."""
+
+    always: bool = False  # run even what is current or in the store
+    report: Report = ignore_report  # where the running step says how far it is
+
+
+settings = Settings()
+
+
+class Workspace:
+    """One checkout: its digests, its store, and the state of its outputs under artifacts/.graph."""
+
+    def __init__(self, root: Path, store: Path) -> None:
+        self.root = root
+        self.private = root / PRIVATE
+        self.memo = DigestMemo(self.private / "digests")
+        self.code = CodeDigests(self.private / "code.json")
+        self._store = store
+
+    @functools.cached_property
+    def store(self) -> Store:
+        """The content store, made at first use."""
+        return Store(self._store, self.memo)
+
+    def make_specification(self, action: Action) -> dict[str, Any]:
+        """What the action's key is made of. StepError when an input does not exist."""
+        specification = make_specification(
+            action,
+            code=self.code.get_closure(action.module, action.code),
+            inputs={name: self._get_input_digest(action, name) for name in sorted(action.inputs)},
+            tools={name: get_version(name) for name in sorted(action.tools)},
+            environment={name: os.environ.get(name) for name in sorted(action.environment)},
+        )
+        self.code.save()
+        assert str(self.root) not in make_canonical_json(specification), f"{action.task}: a path in the key"
+        return specification
+
+    def is_current(self, action: Action, key: str) -> bool:
+        """Whether the outputs are those of `key`, untouched since they were placed."""
+        state = self._load_state(action)
+        if state.get("key") != key or not (self.root / get_provenance_path(action.task)).is_file():
+            return False
+        try:
+            return all(list(get_stat(self.root / path)) == stat for path, stat in state["outputs"].items())
+        except FileNotFoundError:
+            return False
+
+    def list_outputs(self, action: Action) -> list[str]:
+        """The files that the action has placed, relative to the root; empty when it has not been executed."""
+        return list(self._load_state(action).get("outputs", ()))
+
+    def save_state(self, action: Action, record: Record) -> None:
+        """Note which key the outputs now belong to, and what it was made of."""
+        provenance = {"key": record.key, "made_of": record.specification}
+        _write_json(self.root / get_provenance_path(action.task), provenance)
+        paths = [action.outputs[name] / blob.path for name, blobs in record.outputs.items() for blob in blobs]
+        outputs = {str(path): get_stat(self.root / path) for path in paths}
+        _write_json(self._get_state_path(action), {"key": record.key, "outputs": outputs})
+
+    def forget(self, action: Action) -> None:
+        """Drop the state of an action whose outputs are being removed."""
+        self._get_state_path(action).unlink(missing_ok=True)
+        (self.root / get_provenance_path(action.task)).unlink(missing_ok=True)
+
+    def lock(self, action: Action) -> FileLock:
+        """Held while the action's outputs are looked at and replaced, so that builds side by side take turns."""
+        path = self.private / "locks" / get_slug(action)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return FileLock(path)
+
+    @contextlib.contextmanager
+    def open_scratch(self, action: Action) -> Iterator[Path]:
+        """An empty folder that is gone afterwards; what a killed build left in it is removed first."""
+        path = self.private / "scratch" / get_slug(action)
+        remove(path)
+        path.mkdir(parents=True)
+        try:
+            yield path
+        finally:
+            remove(path)
+
+    def _get_input_digest(self, action: Action, name: str) -> str:
+        try:
+            return self.memo.get_digest(self.root / action.inputs[name])
+        except FileNotFoundError as error:
+            maker = f"doit {action.after[0]}" if action.after else "restore the file"
+            raise StepError(f"{action.task}: its input {action.inputs[name]} does not exist", hint=maker) from error
+
+    def _load_state(self, action: Action) -> dict[str, Any]:
+        try:
+            return dict(json.loads(self._get_state_path(action).read_text("utf-8")))
+        except (FileNotFoundError, ValueError):  # none, or cut short: as if it had never been executed
+            return {}
+
+    def _get_state_path(self, action: Action) -> Path:
+        return self.private / "state" / action.step / f"{action.name}.json"
+
+
+@functools.cache
+def get_workspace(root: Path) -> Workspace:
+    """The workspace of a checkout, one per process. Its store is MLCBUILD_STORE, else artifacts/store."""
+    return Workspace(
+        root, Path(os.environ.get("MLCBUILD_STORE") or root / "artifacts" / "store").expanduser().absolute()
+    )
+
+
+def get_slug(action: Action) -> str:
+    """The task's name as one file name."""
+    return f"{action.step}--{action.name.replace('/', '--')}"
+
+
+def execute(action: Action, root: Path) -> Outcome:
+    """Bring the outputs of `action` up to date in the checkout `root`, whose inputs already are.
+
+    Raises what the step raises; StepError when it breaks its contract; StoreError when the disk is full.
+    """
+    workspace, started = get_workspace(root), time.perf_counter()
+    try:
+        with workspace.lock(action):
+            specification = workspace.make_specification(action)
+            key = make_key(specification)
+            if not settings.always and workspace.is_current(action, key):
+                return Outcome("ok", key, time.perf_counter() - started)
+            with workspace.store.lock(key), workspace.open_scratch(action) as scratch:
+                status = _make(workspace, action, key, specification, scratch)
+            return Outcome(status, key, time.perf_counter() - started)
+    except Exception as error:
+        if is_disk_full(error):
+            raise StoreError(
+                f"{action.task}: no space left on the disk",
+                hint="free some space (`doit clean` removes built files) and run the same command again",
+            ) from error
+        raise
+
+
+def _make(workspace: Workspace, action: Action, key: str, specification: dict[str, Any], scratch: Path) -> str:
+    """Restore or run into `scratch`, then place the outputs: "hit" or "run"."""
+    outputs = {name: scratch / "out" / name / path.name for name, path in action.outputs.items()}
+    record = None if settings.always else workspace.store.load_record(key)
+    if record is not None and workspace.store.restore(record, outputs):
+        status = "hit"
+    else:
+        status, started = "run", time.perf_counter()
+        remove(scratch / "out")
+        for path in outputs.values():
+            path.parent.mkdir(parents=True)
+        _run(workspace, action, outputs)
+        blobs = {name: make_blobs(name, path, workspace.memo) for name, path in outputs.items()}
+        record = Record(key, specification, blobs, time.perf_counter() - started)
+        workspace.store.save(record, outputs)
+    for name, path in outputs.items():
+        _place(path, workspace.root / action.outputs[name], scratch / f"old-{name}")
+    workspace.save_state(action, record)
+    return status
+
+
+def _run(workspace: Workspace, action: Action, outputs: dict[str, Path]) -> None:
+    inputs = {name: workspace.root / path for name, path in action.inputs.items()}
+    context = Context(action.params, inputs, outputs, settings.report, workspace.memo.get_file_digest)
+    importlib.import_module(action.module).run(context)
+
+
+def _place(made: Path, final: Path, old: Path) -> None:
+    """Move an output to its place; whatever was there before goes to `old`, which is in the scratch folder."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    if made.is_dir() or final.is_dir():
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(final, old)
+    os.replace(made, final)
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, says that there is no space left; compilers only say so in words."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if os.strerror(errno.ENOSPC) in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def is_uptodate(action: Action, root: str) -> bool:
+    """For doit: whether `action` has nothing to do."""
+    workspace = get_workspace(Path(root))
+    try:
+        return not settings.always and workspace.is_current(action, make_key(workspace.make_specification(action)))
+    except MlcbuildError:
+        return False  # it will be said when the action is executed
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a whole folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f"{path.name}.{os.getpid()}")
+    scratch.write_text(json.dumps(value, indent=1, sort_keys=True), "utf-8")
+    os.replace(scratch, path)
+
+
+def run_action(action: Action, root: str) -> Any:
+    """doit's python action: the outcome as a dict, or doit's TaskFailed for a mistake that a person can mend."""
+    from doit.exceptions import TaskFailed
+
+    try:
+        return asdict(execute(action, Path(root)))
+    except Exception as error:
+        if is_mendable(error):
+            return TaskFailed(str(error))
+        raise
+
+
+def is_mendable(error: BaseException) -> bool:
+    """Whether an error (ours or the engine's) says what to do about it, so that no traceback is needed."""
+    return isinstance(getattr(error, "message", None), str) and isinstance(getattr(error, "hint", None), str)
+
+
+def remove_outputs(action: Action, root: str, dryrun: bool) -> None:
+    """For `doit clean`: remove the action's outputs, folders as a whole. The store keeps its copy."""
+    for path in action.outputs.values():
+        if os.path.lexists(Path(root) / path):
+            print(f"remove {path}")
+            if not dryrun:
+                remove(Path(root) / path)
+    if not dryrun:
+        get_workspace(Path(root)).forget(action)

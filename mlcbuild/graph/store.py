@@ -1,0 +1,224 @@
+"""The content store: action records under `ac/<key>.json`, blobs under `cas/<first two digits>/<sha256>`.
+
+It lives in `artifacts/store`, or where MLCBUILD_STORE points, and may be shared by checkouts and by builds that run at
+the same time. Nothing in it is trusted blindly: a record is written after its blobs, a blob is compared with its name
+before it is used, and what is damaged moves to `quarantine/` and counts as a miss.
+
+Blobs and artifacts share their bytes where the file system allows: a reflink, else a read-only hard link, else a copy.
+Small files are always copied, since they are the ones that people and programs edit in place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from mlcbuild.errors import StepError, StoreError
+from mlcbuild.graph.action import SCHEMA
+from mlcbuild.graph.digest import DigestMemo, list_files
+
+FICLONE = 0x40049409  # ioctl of Linux that makes one file share the blocks of another
+SMALL = 64 * 1024
+READ_ONLY = 0o444
+
+
+@dataclass(frozen=True, slots=True)
+class Blob:
+    """One file of an output: `path` relative to a folder output, "" for a file output; `size` in bytes."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What an action made: its key, what the key was made of, its outputs by logical name, and how long it ran (s)."""
+
+    key: str
+    specification: Mapping[str, Any]
+    outputs: Mapping[str, tuple[Blob, ...]]
+    seconds: float
+
+
+class Store:
+    """The content store in the folder `root`. StoreError where it cannot be made or written."""
+
+    def __init__(self, root: Path, memo: DigestMemo) -> None:
+        self.root = root
+        self._memo = memo
+        try:
+            for name in ("ac", "cas", "locks", "scratch"):
+                (root / name).mkdir(parents=True, exist_ok=True)
+            if not os.access(root / "ac", os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise
+            raise StoreError(
+                f"the content store {root} cannot be written: {error.strerror}",
+                hint="point MLCBUILD_STORE at a folder that you may write to, or unset it",
+            ) from error
+
+    def lock(self, key: str) -> FileLock:
+        """The lock that one builder of `key` holds while the others wait to take over its result."""
+        return FileLock(self.root / "locks" / key)
+
+    def load_record(self, key: str) -> Record | None:
+        """The record of `key`, None when there is none. A record that cannot be read is quarantined."""
+        path = self._get_record_path(key)
+        try:
+            record = _make_record(json.loads(path.read_text("utf-8")))
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            record = None
+        if record is None or record.key != key:
+            self._quarantine(path)
+            return None
+        return record
+
+    def save(self, record: Record, made: Mapping[str, Path]) -> None:
+        """Keep an action's outputs: first the blobs, from the files in `made`, then the record that speaks of them."""
+        for name, blobs in record.outputs.items():
+            for blob in blobs:
+                self._add_blob(made[name] / blob.path, blob.sha256)
+        with self._open_scratch(record.key) as scratch:
+            text = json.dumps({"schema": SCHEMA, **asdict(record)}, indent=1, sort_keys=True)
+            scratch.write_text(text, "utf-8")
+            _sync(scratch)
+            os.replace(scratch, self._get_record_path(record.key))
+
+    def restore(self, record: Record, destination: Mapping[str, Path]) -> bool:
+        """Make a record's outputs anew at the paths in `destination`; False if a blob is missing or was damaged."""
+        for name, blobs in record.outputs.items():
+            for blob in blobs:
+                source, path = self._get_blob_path(blob.sha256), destination[name] / blob.path
+                if not self._is_intact(source, blob):
+                    return False
+                path.parent.mkdir(parents=True, exist_ok=True)
+                share_file(source, path)
+                self._memo.remember(path, blob.sha256)
+        return True
+
+    def _add_blob(self, file: Path, digest: str) -> None:
+        """Put `file` into the store and let it share the blob's bytes. On return both are read-only."""
+        path = self._get_blob_path(digest)
+        found = os.stat(file)
+        if self._is_intact(path, Blob("", found.st_size, digest)):
+            if not os.path.samefile(file, path):
+                file.unlink()
+                share_file(path, file)
+        else:
+            path.parent.mkdir(exist_ok=True)
+            with self._open_scratch(digest) as scratch:
+                # A file with other links belongs to somebody else too, who may write to it: the store takes a copy.
+                share_file(file, scratch, may_link=found.st_nlink == 1)
+                _sync(scratch)
+                os.replace(scratch, path)
+            self._memo.remember(path, digest)
+        self._memo.remember(file, digest)
+
+    def _is_intact(self, path: Path, blob: Blob) -> bool:
+        """Whether the blob is there with the right contents; a damaged one is quarantined."""
+        try:
+            intact = os.stat(path).st_size == blob.size and self._memo.get_digest(path) == blob.sha256
+        except FileNotFoundError:
+            return False
+        if not intact:
+            self._quarantine(path)
+        return intact
+
+    def _quarantine(self, path: Path) -> None:
+        folder = self.root / "quarantine"
+        folder.mkdir(exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(path, folder / path.name)
+
+    def _get_record_path(self, key: str) -> Path:
+        return self.root / "ac" / f"{key}.json"
+
+    def _get_blob_path(self, digest: str) -> Path:
+        return self.root / "cas" / digest[:2] / digest
+
+    @contextlib.contextmanager
+    def _open_scratch(self, name: str) -> Iterator[Path]:
+        """The path of a file to be renamed into place; what is left of it after an error is removed."""
+        scratch = self.root / "scratch" / f"{name}.{os.getpid()}"
+        scratch.unlink(missing_ok=True)
+        try:
+            yield scratch
+        finally:
+            scratch.unlink(missing_ok=True)
+
+
+def _make_record(data: dict[str, Any]) -> Record | None:
+    """A record from its JSON; None for one of another schema."""
+    if data["schema"] != SCHEMA:
+        return None
+    outputs = {name: tuple(Blob(**blob) for blob in blobs) for name, blobs in data["outputs"].items()}
+    return Record(data["key"], data["specification"], outputs, data["seconds"])
+
+
+def make_blobs(logical: str, path: Path, memo: DigestMemo) -> tuple[Blob, ...]:
+    """The files of one output, a file or a folder. StepError when it is missing, empty, or holds a link."""
+    if path.is_symlink() or not path.exists():
+        raise StepError(f"the step did not make its output '{logical}'", hint="write every path of ctx.outputs")
+    files = list(list_files(path)) if path.is_dir() else [("", path)]
+    if not files:
+        raise StepError(f"the step left its output folder '{logical}' empty", hint="write at least one file into it")
+    for name, file in files:
+        if file.is_symlink() or not stat.S_ISREG(os.lstat(file).st_mode):
+            raise StepError(
+                f"the step's output '{logical}' holds {name}, which is not a regular file", hint="copy its contents"
+            )
+    return tuple(Blob(name, os.stat(file).st_size, memo.get_file_digest(file)) for name, file in files)
+
+
+def share_file(source: Path, path: Path, *, may_link: bool = True) -> None:
+    """Make `path` a read-only file with the contents of `source`, sharing bytes where possible."""
+    if not _clone(source, path) and not (may_link and _link(source, path)):
+        shutil.copyfile(source, path)
+    os.chmod(path, READ_ONLY)
+
+
+def _clone(source: Path, path: Path) -> bool:
+    if os.stat(source).st_size <= SMALL:
+        return False
+    try:
+        with open(source, "rb") as read, open(path, "xb") as write:
+            fcntl.ioctl(write.fileno(), FICLONE, read.fileno())
+    except OSError:  # not this file system, or not between these two
+        path.unlink(missing_ok=True)
+        return False
+    return True
+
+
+def _link(source: Path, path: Path) -> bool:
+    if os.stat(source).st_size <= SMALL:
+        return False
+    try:
+        os.link(source, path)
+    except OSError:  # another file system, or too many links
+        return False
+    return True
+
+
+def _sync(path: Path) -> None:
+    """Wait until the file's contents are on the disk: a record must not outlive its blobs in a power failure."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
