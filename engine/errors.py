@@ -4,8 +4,13 @@
     ├── PackageInvalid          500  the package is incomplete, altered or built for something else
     ├── InvalidRequest          400  a request that can never succeed as it is
     │   └── (context overflow is an InvalidRequest with code context_length_exceeded)
+    ├── UnknownModel            404  a request for a model that is not here
     ├── Overloaded              429  the queue is full; try again later
-    └── EngineStopped           503  the engine is shutting down or has died
+    ├── EngineStopped           503  the engine is shutting down or has died
+    ├── InvalidSetting               a setting that does not exist or a value that does not fit it
+    └── CannotListen                 the server's address is taken or not ours
+
+The last two are for whoever starts the server, and never reach a client.
 """
 
 from __future__ import annotations
@@ -39,6 +44,13 @@ class InvalidRequest(EngineError):
     kind = "invalid_request_error"
 
 
+class UnknownModel(EngineError):
+    """A request for a model that is not here."""
+
+    status = 404
+    kind = "invalid_request_error"
+
+
 class Overloaded(EngineError):
     """The queue is full."""
 
@@ -51,3 +63,11 @@ class EngineStopped(EngineError):
 
     status = 503
     kind = "server_error"
+
+
+class InvalidSetting(EngineError):
+    """A setting that does not exist, or a value that does not fit it."""
+
+
+class CannotListen(EngineError):
+    """The server's address is taken, or not an address of this machine."""

@@ -1,0 +1,48 @@
+"""A package that is loaded and running, with the names it answers to and its own sampling defaults."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.artifact import open_package
+from engine.core import SamplingParams
+from engine.llm import make_package_engine
+from engine.thread import DEFAULT_QUEUE_LIMIT, EngineThread
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """What the server and the terminal chat work with. Whoever loads it closes `engine`.
+
+    `name` is what clients call it, `variant` the id of its package, `created` seconds since 1970.
+    """
+
+    name: str
+    variant: str
+    created: int
+    engine: EngineThread
+    defaults: SamplingParams
+
+
+def load_model(
+    path: Path, *, name: str = "", kv_tokens: int = 0, queue_limit: int = DEFAULT_QUEUE_LIMIT
+) -> LoadedModel:
+    """Open the package in folder `path` and start its engine.
+
+    `name` defaults to the model part of the variant; `kv_tokens` bounds the KV cache over all requests, 0 leaves it to
+    the executor. Raises PackageInvalid for a package that this machine cannot run.
+    """
+    package = open_package(path)
+    variant = package.manifest.variant
+    defaults = load_defaults(package.chat_config)
+    engine = EngineThread(make_package_engine(path, max_tokens=kv_tokens or None), queue_limit=queue_limit)
+    return LoadedModel(name or variant.split("/")[0], variant, int(time.time()), engine, defaults)
+
+
+def load_defaults(chat_config: Path) -> SamplingParams:
+    """Temperature and top_p of a package's mlc-chat-config.json."""
+    config = json.loads(chat_config.read_text(encoding="utf-8"))
+    return SamplingParams(temperature=float(config.get("temperature", 1.0)), top_p=float(config.get("top_p", 1.0)))

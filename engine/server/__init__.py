@@ -1,0 +1,1 @@
+"""The HTTP server: OpenAI's chat protocol over one engine."""

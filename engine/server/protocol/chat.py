@@ -1,0 +1,270 @@
+"""OpenAI chat completions: the request, the whole reply, and the chunks of a streamed one.
+
+A field that we do not know is accepted and ignored, so that newer clients work; a field that we know and cannot obey
+is refused (see UNSUPPORTED), so that nothing that was asked for is dropped in silence.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError
+
+# Nothing is converted: "0.5" is not a number, 1 is not true, and NaN is nothing.
+REQUEST = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+MAX_MESSAGES = 2048
+MAX_TOOLS = 128
+
+# Known fields that ask for what this server cannot do, with the values that ask for nothing.
+UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "prompt_logprobs": (0,),
+    "logit_bias": ({},),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "min_p": (0,),
+    "typical_p": (1,),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": ({},),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "grammar": ("",),
+    "json_schema": ({},),
+    "tool_choice": ("auto", "none"),
+    "parallel_tool_calls": (True,),
+    "functions": ([],),
+    "function_call": ("auto", "none"),
+    "reasoning_effort": ("none",),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "web_search_options": (),
+    "stop_token_ids": ([],),
+    "ignore_eos": (False,),
+}
+
+
+def join_parts(value: Any) -> Any:
+    """The text of a message's content, which may come in parts; parts of another kind are refused."""
+    if not isinstance(value, list):
+        return value
+    texts = []
+    for part in value:
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if kind != "text":
+            message = "this model takes text only, not a part of type {kind}"
+            raise PydanticCustomError("unsupported_value", message, {"kind": repr(kind)})
+        if not isinstance(part.get("text"), str):
+            raise PydanticCustomError("invalid_value", "a text part must have a string 'text'")
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+def make_list(value: Any) -> Any:
+    """One stop string is a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
+_TEXT_OR_PARTS = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}, {"type": "null"}]}
+_TEXT_OR_LIST = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}, {"type": "null"}]}
+
+
+class FunctionCall(BaseModel):
+    """A call that the assistant made; `arguments` is JSON as the model wrote it."""
+
+    model_config = REQUEST
+    name: str
+    arguments: str
+
+
+class ToolCall(BaseModel):
+    """One of the calls of an assistant message."""
+
+    model_config = REQUEST
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+    def make_template_value(self) -> dict[str, Any]:
+        """As chat templates want it: arguments as an object, or as they are when they are not one."""
+        arguments: Any = self.function.arguments
+        try:
+            parsed = json.loads(arguments)
+        except (ValueError, RecursionError):  # a model's mistake must not break the conversation
+            parsed = None
+        function = {"name": self.function.name, "arguments": parsed if isinstance(parsed, dict) else arguments}
+        return {"id": self.id, "type": self.type, "function": function}
+
+
+class Message(BaseModel):
+    """One message of the conversation so far."""
+
+    model_config = REQUEST
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[str | None, BeforeValidator(join_parts), WithJsonSchema(_TEXT_OR_PARTS)] = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+
+    @model_validator(mode="after")
+    def _check_role(self) -> Message:
+        if self.content is None and self.role != "assistant":
+            message = "a message of role {role} must have content"
+            raise PydanticCustomError("missing_content", message, {"role": self.role})
+        if self.tool_calls and self.role != "assistant":
+            raise PydanticCustomError("invalid_value", "only a message of role assistant can have tool_calls")
+        return self
+
+    def make_template_value(self) -> dict[str, Any]:
+        """As chat templates want it: no developer role (OpenAI's newer name for system), no absent fields."""
+        value: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role}
+        value["content"] = self.content or ""
+        if self.tool_calls:
+            value["tool_calls"] = [call.make_template_value() for call in self.tool_calls]
+        for key in ("name", "tool_call_id"):
+            if (text := getattr(self, key)) is not None:
+                value[key] = text
+        return value
+
+
+class Function(BaseModel):
+    """What the model may call: `parameters` is a JSON schema."""
+
+    model_config = REQUEST
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(BaseModel):
+    """One tool; only functions exist here."""
+
+    model_config = REQUEST
+    type: Literal["function"]
+    function: Function
+
+
+class StreamOptions(BaseModel):
+    """What a stream holds besides text."""
+
+    model_config = REQUEST
+    include_usage: bool = False
+
+
+class ChatRequest(BaseModel):
+    """The body of POST /v1/chat/completions. The engine checks the ranges of the sampling fields."""
+
+    model_config = REQUEST
+    model: str
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    stop: Annotated[list[str] | None, BeforeValidator(make_list), WithJsonSchema(_TEXT_OR_LIST)] = None
+    seed: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    tools: list[Tool] | None = Field(default=None, max_length=MAX_TOOLS)
+    tool_choice: Any = None  # "auto", "none"; see UNSUPPORTED
+
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> ChatRequest:
+        if self.stream_options is not None and not self.stream:
+            raise PydanticCustomError("stream_options", "stream_options goes only with stream=true")
+        return self
+
+    def get_unsupported(self) -> str | None:
+        """The name of a field that asks for what this server cannot do; null asks for nothing."""
+        given = {**(self.model_extra or {}), "tool_choice": self.tool_choice}
+        return next((name for name, value in given.items() if _asks(value, UNSUPPORTED.get(name))), None)
+
+
+def _asks(value: Any, harmless: tuple[Any, ...] | None) -> bool:
+    """Whether `value` is not one of the harmless ones, where 1 is 1.0 but not true."""
+    if value is None or harmless is None:
+        return False
+    return not any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in harmless)
+
+
+class Usage(BaseModel):
+    """Tokens that a request took."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Timings(BaseModel):
+    """What we add to OpenAI's reply: seconds from arrival to the first token, and tokens per second after it."""
+
+    ttft: float | None
+    tokens_per_second: float | None
+
+
+class ReplyMessage(BaseModel):
+    """What the assistant said."""
+
+    role: Literal["assistant"]
+    content: str
+
+
+class Choice(BaseModel):
+    """One reply; there is always one."""
+
+    index: int
+    message: ReplyMessage
+    finish_reason: Literal["stop", "length"]
+    logprobs: None
+
+
+class ChatCompletion(BaseModel):
+    """The whole reply."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage
+    timings: Timings
+
+
+class Delta(BaseModel):
+    """What a chunk adds to the message; a field that adds nothing is absent, never null."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str = ""
+
+
+class ChunkChoice(BaseModel):
+    """The one choice of a chunk."""
+
+    index: int
+    delta: Delta
+    finish_reason: Literal["stop", "length"] | None
+    logprobs: None
+
+
+class ChatChunk(BaseModel):
+    """One event of a streamed reply. Written without its unset fields: `usage` is there only if asked for."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChunkChoice]
+    usage: Usage | None = None
+    timings: Timings | None = None

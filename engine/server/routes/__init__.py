@@ -1,0 +1,1 @@
+"""The routes, one resource per file; each holds a `router`."""

@@ -1,0 +1,106 @@
+"""POST /v1/chat/completions, streamed or whole. A client that leaves takes its request with it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Coroutine
+from typing import Annotated, Any, TypeVar
+
+from fastapi import APIRouter, Depends, Request, Response
+
+from engine.core import SamplingParams
+from engine.errors import InvalidRequest
+from engine.model import LoadedModel
+from engine.server.completion import collect, make_completion
+from engine.server.protocol.chat import ChatCompletion, ChatRequest
+from engine.server.protocol.errors import ErrorBody
+from engine.server.sse import ChunkMaker, EventStream, stream_events
+from engine.server.state import check_model_name, get_model
+
+router = APIRouter()
+T = TypeVar("T")
+CLIENT_LEFT = 499  # nobody reads it; nginx's number for logs
+ANSWERS: dict[int | str, dict[str, Any]] = {code: {"model": ErrorBody} for code in (400, 404, 429, 500, 503)}
+
+
+@router.post("/v1/chat/completions", response_model=ChatCompletion, responses=ANSWERS)
+async def create_chat_completion(
+    body: ChatRequest, request: Request, model: Annotated[LoadedModel, Depends(get_model)]
+) -> Response:
+    """Continue a conversation."""
+    check_model_name(body.model, model)
+    check_supported(body)
+    # Rendering and tokenizing a long conversation takes a while: not on the event loop.
+    tokens = await asyncio.to_thread(make_prompt, body, model)
+    name, created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
+    reply = model.engine.stream(tokens, make_params(body, model.defaults), request_id=name)
+    if body.stream:
+        usage = body.stream_options is not None and body.stream_options.include_usage
+        return EventStream(stream_events(reply, ChunkMaker(name, created, model.name, usage)))
+    output = await run_while_connected(request, collect(reply))
+    if output is None:
+        return Response(status_code=CLIENT_LEFT)
+    completion = make_completion(output, id=name, created=created, model=model.name)
+    return Response(completion.model_dump_json(), media_type="application/json")
+
+
+def check_supported(body: ChatRequest) -> None:
+    """Raise InvalidRequest for a field whose wish could only be ignored."""
+    name = body.get_unsupported()
+    if name is not None:
+        raise InvalidRequest(
+            f"this server does not support this value of '{name}'",
+            hint="leave it out",
+            code="unsupported_parameter",
+            param=name,
+        )
+
+
+def make_prompt(body: ChatRequest, model: LoadedModel) -> list[int]:
+    """The tokens of the conversation. Raises InvalidRequest when they cannot be made."""
+    messages = [message.make_template_value() for message in body.messages]
+    tools = [tool.model_dump(exclude_unset=True) for tool in body.tools or []] if body.tool_choice != "none" else []
+    try:
+        return model.engine.tokenizer.encode_chat(messages, tools=tools)
+    except UnicodeEncodeError:
+        raise InvalidRequest(
+            "the messages hold half of a surrogate pair, which is no character",
+            hint="send valid Unicode",
+            param="messages",
+        ) from None
+
+
+def make_params(body: ChatRequest, defaults: SamplingParams) -> SamplingParams:
+    """What the request says of sampling, and the model's own defaults for the rest."""
+    return SamplingParams(
+        temperature=defaults.temperature if body.temperature is None else body.temperature,
+        top_p=defaults.top_p if body.top_p is None else body.top_p,
+        top_k=defaults.top_k if body.top_k is None else body.top_k,
+        seed=body.seed,
+        max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
+        stop=tuple(body.stop or ()),
+    )
+
+
+async def run_while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
+    """The result of `work`, or None when the client has left: then `work` is cancelled.
+
+    The request's body has been read, so the next thing that can come from the client is its end.
+    """
+    working = asyncio.ensure_future(work)
+    watching = asyncio.ensure_future(wait_for_end(request))
+    try:
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        for task in (working, watching):
+            task.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)
+
+
+async def wait_for_end(request: Request) -> None:
+    """Until the client closes its connection."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

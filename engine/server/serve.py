@@ -1,0 +1,99 @@
+"""Runs the server in this process: first the socket, then the model, then uvicorn; ends cleanly when it is told to.
+
+Ctrl-C and SIGTERM end running streams with an error event, close the engine, and return. A second Ctrl-C does not wait
+for clients that no longer read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+
+import uvicorn
+
+from engine.errors import CannotListen
+from engine.model import LoadedModel
+from engine.server.app import make_app
+from engine.server.settings import ServerSettings
+
+BACKLOG = 2048
+GRACE = 5  # seconds that clients have to read the end of their streams
+
+
+def run_server(load: Callable[[], LoadedModel], settings: ServerSettings, say: Callable[[str], None]) -> None:
+    """Serve the model that `load` loads until a signal ends it; `say` tells the person at the terminal.
+
+    To be called in the main thread. Raises CannotListen before anything is loaded, and what `load` raises.
+    """
+    with closing(open_socket(settings.host, settings.port)) as listener, _interrupts():
+        try:
+            model = load()
+            with closing(model.engine):
+                say(f"{model.name} ({model.variant}) is served at {get_url(listener)}/v1; Ctrl-C ends it")
+                Server(model).run([listener])
+        except KeyboardInterrupt:  # also how uvicorn hands on the signal that ended it
+            say("the server has ended")
+
+
+def open_socket(host: str, port: int) -> socket.socket:
+    """A socket that listens already, so that nobody else can take the port while the model loads."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise CannotListen(f"there is no address {host!r}: {error.strerror}", hint="host=127.0.0.1") from None
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise CannotListen(
+            f"cannot listen at {host} port {port}: {(error.strerror or str(error)).lower()}",
+            hint="stop what listens there, or choose another port: port=0 takes any free one",
+        ) from None
+    return listener
+
+
+def get_url(listener: socket.socket) -> str:
+    """http://host:port of a listening socket."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class Server(uvicorn.Server):
+    """uvicorn, which waits for running replies when it shuts down: so the engine is told to end them first."""
+
+    def __init__(self, model: LoadedModel) -> None:
+        config = uvicorn.Config(
+            make_app(model),
+            lifespan="off",
+            ws="none",
+            log_config=None,  # warnings and errors go to stderr, as everybody's do
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            backlog=BACKLOG,
+            timeout_graceful_shutdown=GRACE,
+        )
+        super().__init__(config)
+        self._engine = model.engine
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Called by uvicorn once a signal has come."""
+        ending = asyncio.create_task(asyncio.to_thread(self._engine.close))
+        await super().shutdown(sockets)
+        await ending
+
+
+@contextmanager
+def _interrupts() -> Iterator[None]:
+    """SIGTERM is a KeyboardInterrupt too, while the model loads and after uvicorn has returned its own handlers."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,98 @@
+"""Server-sent events of one streamed chat reply.
+
+    data: {... "delta": {"role": "assistant", "content": ""} ...}      at once, before any work
+    data: {... "delta": {"content": "Hel"} ...}                        as text comes
+    data: {... "delta": {}, "finish_reason": "stop" ..., "timings"}
+    data: {... "choices": [], "usage": {...}}                          with stream_options.include_usage
+    data: [DONE]
+
+A reply that breaks off ends with `data: {"error": {...}}` instead of the finish, then [DONE].
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from engine.core import Output
+from engine.reply import AsyncReply
+from engine.server.completion import get_failure, make_timings, make_usage
+from engine.server.protocol.chat import ChatChunk, ChunkChoice, Delta, Timings
+from engine.server.protocol.chat import Usage as WireUsage
+from engine.server.protocol.errors import ErrorBody
+
+DONE = b"data: [DONE]\n\n"
+# Line ends to some clients, and legal within a JSON string; JSON escapes all other line ends by itself.
+LINE_ENDS = str.maketrans({"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"})
+
+
+def make_event(body: ChatChunk | ErrorBody) -> bytes:
+    """One event; always one line, whatever the text in it."""
+    return f"data: {body.model_dump_json(exclude_unset=True).translate(LINE_ENDS)}\n\n".encode()
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkMaker:
+    """Makes the chunks of one reply, which share their head. With `usage`, every chunk says null but the last one."""
+
+    id: str
+    created: int
+    model: str
+    usage: bool
+
+    def make(self, delta: Delta, finish_reason: str | None = None, timings: Timings | None = None) -> ChatChunk:
+        """A chunk with a choice."""
+        choice = ChunkChoice.model_validate(
+            {"index": 0, "delta": delta, "finish_reason": finish_reason, "logprobs": None}
+        )
+        extra: dict[str, object] = {"usage": None} if self.usage else {}
+        return self._make([choice], extra if timings is None else {**extra, "timings": timings})
+
+    def make_usage(self, usage: WireUsage) -> ChatChunk:
+        """The last chunk: no choice, only what the request took."""
+        return self._make([], {"usage": usage})
+
+    def _make(self, choices: list[ChunkChoice], extra: dict[str, object]) -> ChatChunk:
+        head = {"id": self.id, "object": "chat.completion.chunk", "created": self.created, "model": self.model}
+        return ChatChunk.model_validate({**head, "choices": choices, **extra})
+
+
+async def stream_events(reply: AsyncReply, chunks: ChunkMaker) -> AsyncGenerator[bytes, None]:
+    """The events of `reply`, which is aborted when this iterator is closed before its end."""
+    async with reply:
+        yield make_event(chunks.make(Delta(role="assistant", content="")))
+        async for output in reply:
+            if output.text:
+                yield make_event(chunks.make(Delta(content=output.text)))
+            if output.finish_reason is not None:
+                for event in _make_ending(output, chunks):
+                    yield event
+    yield DONE
+
+
+def _make_ending(output: Output, chunks: ChunkMaker) -> list[bytes]:
+    failure = get_failure(output)
+    if failure is not None:
+        return [make_event(failure)]
+    ending = [make_event(chunks.make(Delta(), output.finish_reason, make_timings(output.usage)))]
+    if chunks.usage:
+        ending.append(make_event(chunks.make_usage(make_usage(output.usage))))
+    return ending
+
+
+class EventStream(StreamingResponse):
+    """Sends events, and closes their iterator the moment the client has left."""
+
+    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # the latter is for nginx
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Starlette cancels the sender on a disconnect, but leaves the iterator to the garbage collector."""
+        async with aclosing(self._events):
+            await super().__call__(scope, receive, send)
