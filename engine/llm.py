@@ -1,0 +1,114 @@
+"""A package as a Python object: generate and chat, whole or streamed, without a server.
+
+    from engine import LLM, SamplingParams
+
+    with LLM("artifacts/packages/tiny-q4f16_1-x86-64-v4") as llm:
+        print(llm.chat([{"role": "user", "content": "Hi"}], SamplingParams(temperature=0)).text)
+        for output in llm.stream("Once upon a time", SamplingParams(max_tokens=50)):
+            print(output.text, end="", flush=True)
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from engine.core import Limits, Output, SamplingParams, Stats, join_outputs
+from engine.engine import Engine
+from engine.reply import Reply
+from engine.text.tokenizer import Tokenizer, load_tokenizer
+from engine.thread import DEFAULT_QUEUE_LIMIT, EngineThread
+
+
+class LLM:
+    """Opens a package and loads it into a thread of its own; usable from several threads at once.
+
+    `max_tokens` bounds the KV cache, in positions over all sequences (None: the executor's choice); `queue_limit` is
+    the number of requests that may wait. All requests run together: start several with `stream`, then read each.
+    Raises PackageInvalid for a package that this machine cannot run.
+    """
+
+    def __init__(
+        self, path: str | Path, *, max_tokens: int | None = None, queue_limit: int = DEFAULT_QUEUE_LIMIT
+    ) -> None:
+        self.thread = EngineThread(make_package_engine(Path(path), max_tokens=max_tokens), queue_limit=queue_limit)
+        self._finalizer = weakref.finalize(self, self.thread.close)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The package's tokenizer and chat template."""
+        return self.thread.tokenizer
+
+    @property
+    def limits(self) -> Limits:
+        """Context, batch and cache sizes."""
+        return self.thread.limits
+
+    def generate(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Output:
+        """Continue a text (tokenized with the model's own beginning) or tokens; the whole reply as one Output.
+
+        Raises InvalidRequest, Overloaded or EngineStopped, and the EngineError of a reply that failed.
+        """
+        return _read_all(self.stream(prompt, params))
+
+    def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Reply:
+        """As `generate`, as an iterator of Outputs; closing or dropping it aborts. A failed reply ends with `error`."""
+        tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        return self.thread.generate(tokens, params)
+
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None, **variables: Any
+    ) -> Output:
+        """Answer a conversation; the whole reply as one Output. `variables` go to the template: tools=[...], ...
+
+        Raises what `generate` raises, and InvalidRequest when the template refuses the messages.
+        """
+        return _read_all(self.stream_chat(messages, params, **variables))
+
+    def stream_chat(
+        self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None, **variables: Any
+    ) -> Reply:
+        """As `chat`, as an iterator of Outputs."""
+        return self.thread.generate(self.tokenizer.encode_chat(messages, **variables), params)
+
+    def get_stats(self) -> Stats:
+        """Gauges and counters of this moment."""
+        return self.thread.get_stats()
+
+    def close(self) -> None:
+        """Abort what runs and release the package. Callable again; also done when the object is dropped."""
+        self._finalizer()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def make_package_engine(path: Path, *, max_tokens: int | None = None) -> Callable[[], Engine]:
+    """What EngineThread takes: a function that opens the package, on the thread that calls it, and loads TVM."""
+
+    def make() -> Engine:
+        from engine.artifact import open_package
+        from engine.runtime.tvm_executor import TvmExecutor
+
+        package = open_package(path)
+        tokenizer = load_tokenizer(package.root)
+        return Engine(TvmExecutor(package, max_tokens), tokenizer)
+
+    return make
+
+
+def _read_all(reply: Reply) -> Output:
+    with reply:
+        output = reduce(join_outputs, reply)
+    if output.error is not None:
+        raise output.error
+    return output

@@ -1,0 +1,76 @@
+"""One request under way: turns its tokens into Outputs, decides when it ends, and keeps its times."""
+
+from __future__ import annotations
+
+from engine.core import FinishReason, Output, Request, Usage
+from engine.errors import EngineError
+from engine.sampling.sampler import make_generator
+from engine.scheduler.policy import Sequence
+from engine.text.stream import TextStream
+from engine.text.tokenizer import Tokenizer
+
+
+class Progress:
+    """`max_tokens` is already clipped to the context. All times are in seconds of the engine's clock."""
+
+    def __init__(self, request: Request, tokenizer: Tokenizer, max_tokens: int) -> None:
+        params = request.params
+        self.request = request
+        self.sequence = Sequence(request.request_id, request.prompt_tokens)
+        self.generator = make_generator(params)
+        self._stream = TextStream(tokenizer.decode, params.stop)
+        self._end_tokens = frozenset(params.stop_token_ids)
+        if not params.ignore_eos:
+            self._end_tokens |= tokenizer.end_tokens
+        self._max_tokens = max_tokens
+        self._count = 0
+        self._started: float | None = None
+        self._first: float | None = None
+        self._latest: float | None = None
+
+    @property
+    def started(self) -> bool:
+        """Some of the prompt has run."""
+        return self._started is not None
+
+    def start(self, now: float) -> None:
+        """The first tokens are about to run."""
+        self._started = now
+
+    def accept(self, token: int, now: float) -> Output:
+        """Take the next token; the Output says whether it was the last."""
+        self._count += 1
+        self._first = now if self._first is None else self._first
+        self._latest = now
+        text = ""
+        reason: FinishReason | None = None
+        if token in self._end_tokens:
+            reason = "stop"
+        else:
+            self.sequence.tokens.append(token)
+            text = self._stream.push(token)
+            if self._stream.stopped:
+                reason = "stop"
+            elif self._count == self._max_tokens:
+                reason = "length"
+        if reason is not None and not self._stream.stopped:
+            text += self._stream.finish()
+        return Output(self.request.request_id, text, (token,), self._make_usage(), reason)
+
+    def end(self, reason: FinishReason, error: EngineError | None = None) -> Output:
+        """The last Output of a request that ends without another token."""
+        text = self._stream.finish() if reason == "abort" else ""
+        return Output(self.request.request_id, text, (), self._make_usage(), reason, error)
+
+    def _make_usage(self) -> Usage:
+        def since(start: float | None, end: float | None) -> float | None:
+            return None if start is None or end is None else end - start
+
+        arrival = self.request.arrival
+        return Usage(
+            prompt_tokens=len(self.request.prompt_tokens),
+            completion_tokens=self._count,
+            queued=since(arrival, self._started),
+            ttft=since(arrival, self._first),
+            decoding=since(self._first, self._latest) if self._count > 1 else None,
+        )

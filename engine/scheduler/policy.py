@@ -1,0 +1,143 @@
+"""Which tokens run next: continuous batching, chunked prefill beside decode, preemption when pages run out.
+
+First come, first served, in all things: waiting sequences start in order of arrival and none overtakes the first;
+when a running one needs a page and none is free, the youngest gives its pages back and is computed anew later. So the
+oldest always moves on, and everything ends. Decoding sequences go first into each batch, prompts fill what is left:
+a long prompt delays the others by one chunk at most.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from engine.core import Limits
+from engine.scheduler.blocks import PageAllocator
+
+
+class Sequence:
+    """The tokens of one request so far, and how many of them have their keys and values in `pages`."""
+
+    __slots__ = ("computed", "pages", "request_id", "tokens")
+
+    def __init__(self, request_id: str, tokens: Iterable[int]) -> None:
+        self.request_id = request_id
+        self.tokens = list(tokens)
+        self.pages: list[int] = []
+        self.computed = 0
+
+    @property
+    def pending(self) -> int:
+        """Tokens that must run before the next one can be sampled: one while decoding."""
+        return len(self.tokens) - self.computed
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens [start, start + count) of a sequence, to run now. `samples`: they are its last, so a token follows."""
+
+    sequence: Sequence
+    start: int
+    count: int
+    samples: bool
+
+
+class Scheduler:
+    """Sequences that wait and run, and their pages. Every sequence must fit the cache when alone (`max_length`)."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._max_running = min(limits.max_batch, limits.prefill_chunk)  # so that each can have a token per batch
+        self._allocator = PageAllocator(limits.num_pages)
+        self._waiting: deque[Sequence] = deque()  # both in order of arrival; all that run came before all that wait
+        self._running: list[Sequence] = []
+        self.preemptions = 0
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences without pages."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences with pages."""
+        return len(self._running)
+
+    @property
+    def num_free_pages(self) -> int:
+        """Pages that no sequence has."""
+        return self._allocator.num_free
+
+    def add(self, sequence: Sequence) -> None:
+        """Put a new sequence at the end of the queue."""
+        self._waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence, finished or aborted; its pages are free at once."""
+        if sequence in self._running:
+            self._running.remove(sequence)
+            self._release(sequence)
+        else:
+            self._waiting.remove(sequence)
+
+    def schedule(self) -> list[Chunk]:
+        """The chunks of the next batch, single tokens first; empty only when there is nothing to do."""
+        self._grow()
+        decoding = [s for s in self._running if s.pending == 1]
+        prefilling = [s for s in self._running if s.pending > 1]
+        chunks = [_make_chunk(s, 1) for s in decoding]
+        budget = self._limits.prefill_chunk - len(chunks)
+        while budget:
+            sequence = prefilling.pop(0) if prefilling else self._admit()
+            if sequence is None:
+                break
+            chunks.append(_make_chunk(sequence, min(budget, sequence.pending)))
+            budget -= chunks[-1].count
+        return sorted(chunks, key=lambda c: c.count > 1)
+
+    def advance(self, chunk: Chunk) -> None:
+        """Record that a chunk has run."""
+        chunk.sequence.computed += chunk.count
+
+    def _grow(self) -> None:
+        """Give every running sequence the pages for its tokens, oldest first, preempting the youngest if it must."""
+        for sequence in list(self._running):
+            while sequence.pages and self._missing(sequence) > self._allocator.num_free:
+                self._preempt()
+            if sequence.pages and (missing := self._missing(sequence)):
+                sequence.pages += self._allocator.allocate(missing, sequence.pages[-1])
+
+    def _admit(self) -> Sequence | None:
+        """Start the first waiting sequence if there is a place and all pages for it.
+
+        Besides its own, a page for each running sequence must be free: or else it would soon be preempted again.
+        """
+        if not self._waiting or len(self._running) == self._max_running:
+            return None
+        missing = self._missing(self._waiting[0])
+        if missing + len(self._running) > self._allocator.num_free:
+            return None
+        sequence = self._waiting.popleft()
+        sequence.pages = self._allocator.allocate(missing)
+        self._running.append(sequence)
+        return sequence
+
+    def _preempt(self) -> None:
+        """Put the youngest running sequence back to the head of the queue, to be computed anew."""
+        sequence = self._running.pop()
+        self._release(sequence)
+        self._waiting.appendleft(sequence)
+        self.preemptions += 1
+
+    def _release(self, sequence: Sequence) -> None:
+        self._allocator.free(sequence.pages)
+        sequence.pages = []
+        sequence.computed = 0
+
+    def _missing(self, sequence: Sequence) -> int:
+        return -(-len(sequence.tokens) // self._limits.page_size) - len(sequence.pages)
+
+
+def _make_chunk(sequence: Sequence, count: int) -> Chunk:
+    return Chunk(sequence, sequence.computed, count, samples=count == sequence.pending)

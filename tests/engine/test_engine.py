@@ -1,0 +1,154 @@
+"""The engine: how replies end, what they report, and that one request's trouble is its own."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from small_engines import END, LIMITS, TOKENIZER, make_engine, make_request, make_talking_engine, run_all
+
+from engine.core import Limits, SamplingParams
+from engine.engine import Engine
+from engine.errors import InvalidRequest
+from engine.request import check_request
+from engine.runtime.fake import FakeExecutor, make_hash_model
+
+
+def say(reply: str, **params: object):
+    engine = make_talking_engine(reply)
+    engine.add(make_request("a", "hello\n", temperature=0.0, **params))
+    return run_all(engine)["a"]
+
+
+def test_a_reply_ends_at_the_end_token() -> None:
+    output = say("Good day, naïve world")
+    assert (output.text, output.finish_reason) == ("Good day, naïve world", "stop")
+    assert output.token_ids == (*"Good day, naïve world".encode(), END)
+    assert (output.usage.prompt_tokens, output.usage.completion_tokens) == (6, 23)
+
+
+def test_ways_to_end() -> None:
+    assert (say("abcdef", max_tokens=3).text, say("abcdef", max_tokens=3).finish_reason) == ("abc", "length")
+    assert (say("abcdef", stop=("de",)).text, say("abcdef", stop=("de",)).finish_reason) == ("abc", "stop")
+    assert (say("abcdef", stop_token_ids=(ord("c"),)).text, say("abc", stop=("cx",)).text) == ("ab", "abc")
+    assert say("héllo", max_tokens=2).text == "h"
+    assert say("ab", ignore_eos=True, max_tokens=10).token_ids[2:] == (END,) * 8
+    assert say("ab", ignore_eos=True).usage.total_tokens == LIMITS.context_window
+
+
+def test_max_tokens_is_clipped_to_the_context() -> None:
+    output = say("x" * 500, max_tokens=100_000)
+    assert (output.finish_reason, output.usage.completion_tokens) == ("length", LIMITS.context_window - 6)
+
+
+def test_times() -> None:
+    times = iter(range(100, 200))
+    engine = Engine(FakeExecutor(LIMITS, make_hash_model(258)), TOKENIZER, clock=lambda: float(next(times)))
+    request = make_request("a", "x" * 30, max_tokens=3, ignore_eos=True)  # two chunks, then two decodes
+    object.__setattr__(request, "arrival", 90.0)
+    engine.add(request)
+    usage = run_all(engine)["a"].usage
+    assert (usage.queued, usage.ttft, usage.decoding, usage.decode_rate) == (10.0, 13.0, 4.0, 0.5)
+    assert engine.get_stats().prompt_tokens == 30
+    assert engine.get_stats().completion_tokens == 3
+
+
+def test_abort() -> None:
+    engine = make_engine()
+    engine.add(make_request("a", "x" * 60))
+    engine.step()
+    assert engine.get_stats().free_pages < LIMITS.num_pages
+    output = engine.abort("a")
+    assert output is not None
+    assert (output.finish_reason, output.token_ids) == ("abort", ())
+    assert engine.get_stats().free_pages == LIMITS.num_pages
+    assert engine.abort("a") is None
+    assert not engine.has_work
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_unusable_logits_end_that_request_only(temperature: float, caplog: pytest.LogCaptureFixture) -> None:
+    good = make_hash_model(258)
+
+    def model(history):
+        return np.full(258, np.nan, np.float32) if history[0] == 7 and len(history) > 4 else good(history)
+
+    engine = make_engine(model=model)
+    for name, prompt in (("bad", [7, 1]), ("good", [1, 2]), ("fine", [3])):
+        engine.add(make_request(name, prompt, temperature=temperature, max_tokens=9, seed=1, ignore_eos=True))
+    outputs = run_all(engine)
+    assert {n: o.finish_reason for n, o in outputs.items()} == {"bad": "error", "good": "length", "fine": "length"}
+    assert len(outputs["bad"].token_ids) == 3
+    assert str(outputs["bad"].error) == "this request failed inside the engine\n  hint: send it again; the log says why"
+    assert "the largest logit is nan" in caplog.text
+    assert engine.get_stats().free_pages == LIMITS.num_pages
+
+
+def test_text_that_cannot_be_decoded_ends_that_request_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine()
+    decode = TOKENIZER.decode
+    engine.add(make_request("bad", "x", temperature=0.0, max_tokens=9, ignore_eos=True))
+    engine.add(make_request("good", "y", temperature=0.0, max_tokens=9, ignore_eos=True))
+    calls = []
+
+    def fail_at_third(tokens):
+        calls.append(tokens)
+        if len(calls) == 3:
+            raise RuntimeError("boom")
+        return decode(tokens)
+
+    for progress in engine._requests.values():
+        progress._stream._detokenizer._decode = fail_at_third
+    outputs = run_all(engine)
+    assert sorted(o.finish_reason for o in outputs.values()) == ["error", "length"]
+    assert engine.get_stats().free_pages == LIMITS.num_pages
+
+
+def check(prompt: object = (1,), limits: Limits = LIMITS, **params: object) -> None:
+    check_request(make_request("a", prompt, **params), limits)
+
+
+def test_context_overflow_names_both_numbers() -> None:
+    check([1] * 127)
+    with pytest.raises(InvalidRequest) as caught:
+        check([1] * 128)
+    assert str(caught.value) == (
+        "the context holds 128 tokens, and the prompt has 128: no room for a reply\n"
+        "  hint: shorten the prompt to at most 127 tokens"
+    )
+    assert (caught.value.code, caught.value.param, caught.value.status) == ("context_length_exceeded", "messages", 400)
+    with pytest.raises(InvalidRequest, match="the context holds 32 tokens, and the prompt has 40"):
+        check([1] * 40, Limits(128, 24, 4, 16, 2, 258))  # the cache is smaller than the context
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    [
+        ((), {}, "the prompt is empty: it has no tokens\n  hint: send at least one token"),
+        ((1, 258), {}, "token 258 of the prompt is not in the vocabulary of 258\n  hint: use this package's own tokenizer"),
+        ((1,), {"temperature": -0.1}, "temperature is -0.1\n  hint: it must be between 0 and 2"),
+        ((1,), {"temperature": float("nan")}, "temperature is nan\n  hint: it must be between 0 and 2"),
+        ((1,), {"top_p": 0.0}, "top_p is 0.0\n  hint: it must be above 0 and at most 1"),
+        ((1,), {"top_k": -1}, "top_k is -1\n  hint: it must be 0 (off) or more"),
+        ((1,), {"max_tokens": 0}, "max_tokens is 0\n  hint: it must be 1 or more"),
+        ((1,), {"seed": 2**64}, "seed is 18446744073709551616\n  hint: it must be a 64-bit integer"),
+        (
+            (1,),
+            {"stop": ("",)},
+            "stop takes at most 16 strings of 1 to 256 characters\n  hint: send fewer or shorter ones",
+        ),
+        (
+            (1,),
+            {"stop_token_ids": (258,)},
+            "stop_token_ids holds a token outside of the vocabulary\n  hint: it must be 0 to 257",
+        ),
+    ],
+)
+def test_what_can_never_succeed_is_refused(prompt: object, params: dict, message: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        check(prompt, **params)
+    assert str(caught.value) == message
+    check((1, 257))
+
+
+def test_defaults() -> None:
+    assert SamplingParams() == SamplingParams(1.0, 1.0, 0, None, None, (), (), False)
