@@ -1,14 +1,12 @@
 """Compile a family at one configuration, quantization and target into a library and its description library.json.
 
 The weights play no part: any checkpoint of the same shape runs on the same library.
-`python -m mlcbuild.compiler.build spec.json` compiles in a process of its own; see cuda.py for why.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -81,7 +79,8 @@ def compile_library(spec: Mapping[str, Any], destination: Path, report: Report) 
     stages = make_pipeline(target, program.bounds, describe)
     module, seconds = run_pipeline(program.module, stages, where, lambda text, part: report(text, part / 2))
     report("generate code", 0.5)
-    executable = tvm.compile(module, where, relax_pipeline=None)
+    with where:  # nvcc asks the target in force for its architecture
+        executable = tvm.compile(module, where, relax_pipeline=None)
     report("link", 0.9)
     executable.export_library(str(destination / target.library), **make_linker(target))
     text = json.dumps(description, indent=2, sort_keys=True) + "\n"
@@ -125,7 +124,8 @@ def make_tvm_target(target: Target) -> tvm.target.Target:
 
 def make_linker(target: Target) -> dict[str, Any]:
     """Arguments of export_library: the target's own C compiler, so that cross targets link with theirs."""
-    linker = next((shutil.which(p) for p in target.toolchain if p.endswith(("cc", "clang"))), None)
+    compilers = (p for p in target.toolchain if p.endswith(("cc", "clang")) and p != "nvcc")
+    linker = next((shutil.which(p) for p in compilers), None)
     return {"cc": linker} if linker else {}
 
 
@@ -138,17 +138,3 @@ def check_toolchain(target: Target) -> None:
                 f"target {target.name} needs '{program}', which is not on PATH",
                 hint=f"install it, for example: apt-get install {package}",
             )
-
-
-def main() -> None:
-    """Child process: compile the specification given as a file beside which the library is written."""
-    path = Path(sys.argv[1])
-
-    def report(text: str, fraction: float | None = None) -> None:
-        print(json.dumps({"text": text, "fraction": fraction}), flush=True)
-
-    compile_library(json.loads(path.read_text(encoding="utf-8")), path.parent, report)
-
-
-if __name__ == "__main__":
-    main()
