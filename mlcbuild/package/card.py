@@ -13,21 +13,20 @@ def make_card(manifest: Mapping[str, Any], weights: int, differences: Sequence[s
     library = manifest["library"]
     sections = [
         f"# {manifest['variant']}",
-        " ".join(text for text in (model.get("description", ""), quantization.get("description", "")) if text),
+        model.get("description", ""),
         _make_warning(manifest["random"]),
-        _make_facts(manifest, library, target),
+        _make_facts(manifest, quantization.get("description", ""), target),
         _make_commands(manifest),
         "## Limits\n\n" + _make_limits(library),
         "## Memory\n\n" + _make_memory(library, weights),
         "## Files\n\n" + _FILES,
-        "## For MLC's tools\n\n" + _make_differences(differences),
+        "## For MLC's tools\n\n" + _make_compatibility(library["layout"], differences),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
 _FILES = """`manifest.json` lists every file with its SHA-256, and everything that this package was made of.
-`record.json`, if present, holds the quality and speed that were measured. The weights and `mlc-chat-config.json`
-are in MLC's schema."""
+`record.json`, if present, holds the quality and speed that were measured."""
 
 
 def _make_warning(random: bool) -> str:
@@ -36,7 +35,8 @@ def _make_warning(random: bool) -> str:
     return "**The weights are random numbers.** This package is for tests of size and speed; it cannot answer anything."
 
 
-def _make_facts(manifest: Mapping[str, Any], library: Mapping[str, Any], target: Mapping[str, Any]) -> str:
+def _make_facts(manifest: Mapping[str, Any], quantization: str, target: Mapping[str, Any]) -> str:
+    library = manifest["library"]
     requires = ", ".join(library["requires"]) or "nothing special"
     return _make_table(
         ("", ""),
@@ -44,7 +44,8 @@ def _make_facts(manifest: Mapping[str, Any], library: Mapping[str, Any], target:
             ("made from", _describe_source(manifest["source"])),
             ("licence", manifest["licence"]),
             ("family", library["family"]),
-            ("quantization", f"{library['quantization']}, weights laid out as `{library['layout']}`"),
+            ("quantization", f"{library['quantization']}: {quantization}" if quantization else library["quantization"]),
+            ("weight layout", f"`{library['layout']}`"),
             ("target", f"{target['name']} ({target['arch']}); needs {requires}"),
             ("TVM", library["tvm"]),
         ],
@@ -96,9 +97,20 @@ def _make_memory(library: Mapping[str, Any], weights: int) -> str:
     return _make_table(("what", "bytes"), rows)
 
 
-def _make_differences(differences: Sequence[str]) -> str:
-    intro = "`conv_template` in `mlc-chat-config.json` was read off the tokenizer's chat template. Not carried over:"
-    return "\n".join([intro, "", *(f"- {text}" for text in differences)])
+def _make_compatibility(layout: str, differences: Sequence[str]) -> str:
+    weights = (
+        "The weights are stored as MLC stores them."
+        if layout == "canonical"
+        else f"The weights are packed for this library (`{layout}`); MLC's own libraries need those of a GPU target."
+    )
+    return "\n".join(
+        [
+            f"`mlc-chat-config.json` and `tensor-cache.json` have MLC's schema. {weights}",
+            "`conv_template` was read off the tokenizer's chat template; it differs in this:",
+            "",
+            *(f"- {text}" for text in differences),
+        ]
+    )
 
 
 def _make_table(head: tuple[str, str], rows: Sequence[tuple[str, str]]) -> str:

@@ -264,7 +264,9 @@ def test_card_names_what_a_user_needs(parts: Parts, tmp_path: Path) -> None:
     card = (tmp_path / "package" / "README.md").read_text()
     for line in (
         "# tiny/q0f16/x86-64-v3",
-        "A test model. Plain half precision.",
+        "A test model.",
+        "| quantization | q0f16: Plain half precision. |",
+        "`mlc-chat-config.json` and `tensor-cache.json` have MLC's schema. The weights are stored as MLC stores them.",
         f"| made from | https://huggingface.co/someone/tiny at {'a' * 40} |",
         "| licence | Apache-2.0 |",
         "| target | x86-64-v3 (x86_64); needs avx2 |",

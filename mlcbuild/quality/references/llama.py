@@ -51,15 +51,9 @@ class Weights:
 
     def embed(self, name: str, ids: NDArray[np.int32]) -> Array:
         """Rows `ids` of a matrix."""
-        rows, columns = self.source.shape(name)
         self.used.add(name)
-        found = np.empty((len(ids), columns), np.float32)
-        step = max(1, BLOCK // (4 * columns))
-        for start in range(0, rows, step):
-            here = np.flatnonzero((ids >= start) & (ids < start + step))
-            if len(here):
-                found[here] = self.source.read(name, start, min(start + step, rows))[ids[here] - start]
-        return found
+        distinct, places = np.unique(ids, return_inverse=True)
+        return np.concatenate([self.source.read(name, i, i + 1) for i in distinct.tolist()])[places]
 
     def multiply(self, x: Array, name: str) -> Array:
         """x W^T, plus the bias if the checkpoint has one: [tokens, inputs] -> [tokens, outputs]."""
