@@ -19,16 +19,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-from filelock import FileLock
+from typing import TYPE_CHECKING, Any
 
 from mlcbuild.errors import MlcbuildError, StepError, StoreError
 from mlcbuild.graph.action import (
     PRIVATE,
     Action,
     Context,
-    Report,
     get_provenance_path,
     make_canonical_json,
     make_key,
@@ -36,8 +33,12 @@ from mlcbuild.graph.action import (
 )
 from mlcbuild.graph.code import CodeDigests
 from mlcbuild.graph.digest import DigestMemo, get_stat
+from mlcbuild.graph.settings import settings
 from mlcbuild.graph.store import Record, Store, make_blobs
 from mlcbuild.graph.versions import get_version
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,21 +48,6 @@ class Outcome:
     status: str
     key: str
     seconds: float
-
-
-def ignore_report(text: str, fraction: float | None = None) -> None:
-    """A Report for nobody."""
-
-
-@dataclass
-class Settings:
-    """What the command line decides for the whole process."""
-
-    always: bool = False  # run even what is current or in the store
-    report: Report = ignore_report  # where the running step says how far it is
-
-
-settings = Settings()
 
 
 class Workspace:
@@ -119,8 +105,10 @@ class Workspace:
         self._get_state_path(action).unlink(missing_ok=True)
         (self.root / get_provenance_path(action.task)).unlink(missing_ok=True)
 
-    def lock(self, action: Action) -> FileLock:
+    def lock(self, action: Action) -> BaseFileLock:
         """Held while the action's outputs are looked at and replaced, so that builds side by side take turns."""
+        from filelock import FileLock  # it imports asyncio and more, for which a build with nothing to do has no use
+
         path = self.private / "locks" / get_slug(action)
         path.parent.mkdir(parents=True, exist_ok=True)
         return FileLock(path)

@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
-from mlcbuild.graph.execute import ignore_report, settings
+from mlcbuild.graph.settings import ignore_report, settings
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -96,6 +96,10 @@ class Reporter:
     def complete_run(self) -> None:
         """Nothing more will come, or the run was interrupted."""
         self._end()
+
+    def count_done(self) -> int:
+        """How many steps have run or been restored."""
+        return sum(line.status in ("run", "hit") for line in self.lines)
 
     def write(self, text: str, status: str) -> None:
         """One line, coloured on a terminal."""

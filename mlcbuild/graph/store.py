@@ -20,13 +20,14 @@ import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-from filelock import FileLock
+from typing import TYPE_CHECKING, Any
 
 from mlcbuild.errors import StepError, StoreError
 from mlcbuild.graph.action import SCHEMA
 from mlcbuild.graph.digest import DigestMemo, list_files
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 FICLONE = 0x40049409  # ioctl of Linux that makes one file share the blocks of another
 SMALL = 64 * 1024
@@ -71,8 +72,10 @@ class Store:
                 hint="point MLCBUILD_STORE at a folder that you may write to, or unset it",
             ) from error
 
-    def lock(self, key: str) -> FileLock:
+    def lock(self, key: str) -> BaseFileLock:
         """The lock that one builder of `key` holds while the others wait to take over its result."""
+        from filelock import FileLock
+
         return FileLock(self.root / "locks" / key)
 
     def load_record(self, key: str) -> Record | None:

@@ -1,0 +1,281 @@
+"""From recipes and command line variables to doit tasks.
+
+dodo.py calls `load_tasks`, which reads the recipes, makes the variants, imports every file of tasks/ and asks each for
+what it has. A file of tasks/ may hold
+
+    make_actions(plan) and run(ctx)    a cached step; the doit tasks are `step:name` (see action.py)
+    task_*()                           plain doit tasks
+    VARIABLES = {"port": "..."}        variables that it understands, for `doit serve port=8000`; others are refused
+
+A command that works on one package, such as serve or chat, is a plain task made by `make_package_task`; it builds what
+the variables select first and is given the package's folder:
+
+    VARIABLES = {"port": "TCP port to listen on, 8000"}
+
+    def task_serve() -> dict[str, Any]:
+        "serve a package over HTTP"
+        return make_package_task(run_server)
+
+    def run_server(package: Path, variables: Mapping[str, str]) -> None: ...
+
+For anything else `get_plan()` has it all: `get_plan().selected` are the variants that the variables select (without
+any: those of matrices/default.yaml), each with `.task` (its doit task, `build:...`) and `.package` (its folder).
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from mlcbuild.errors import MlcbuildError, RecipeError, UnknownNameError
+from mlcbuild.graph.action import Action
+from mlcbuild.recipes.load import Recipes, load_recipes
+from mlcbuild.recipes.machine import Machine, load_machine
+from mlcbuild.recipes.matrix import AXES, VARIABLES, Variant, can_run, make_variants, matches
+from mlcbuild.recipes.names import check_name
+
+if TYPE_CHECKING:
+    from mlcbuild.recipes.schema import Limits, ModelRecipe, Quantization, Target
+
+ARTIFACTS = Path("artifacts")
+EVERYTHING = dict.fromkeys(AXES, "*")
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """One variant with its recipes, and where its parts lie (relative to the project root)."""
+
+    variant: Variant
+    model: ModelRecipe
+    quantization: Quantization
+    target: Target
+    layout: str
+    runs_here: bool  # whether this machine can execute the target, and so verify the package
+
+    @property
+    def id(self) -> str:
+        """`model/quantization/target`."""
+        return self.variant.id
+
+    @property
+    def task(self) -> str:
+        """The doit task that builds all of it."""
+        return f"build:{self.id}"
+
+    @property
+    def limits(self) -> Limits:
+        """The model's limits with what a matrix overrides."""
+        return self.variant.make_limits(self.model.limits)
+
+    @property
+    def sources(self) -> Path:
+        """Folder of the checkpoint."""
+        return ARTIFACTS / "sources" / self.model.name
+
+    @property
+    def weights_name(self) -> str:
+        """`model/quantization/layout`: what a conversion is made for."""
+        return f"{self.model.name}/{self.quantization.name}/{self.layout}"
+
+    @property
+    def weights(self) -> Path:
+        """Folder of the converted weights."""
+        return ARTIFACTS / "weights" / self.weights_name.replace("/", "-")
+
+    @property
+    def library(self) -> Path:
+        """Folder of the compiled library."""
+        return ARTIFACTS / "libs" / self.id.replace("/", "-")
+
+    @property
+    def reference(self) -> Path:
+        """Folder of the unquantized model's predictions."""
+        return ARTIFACTS / "references" / self.model.name
+
+    @property
+    def package(self) -> Path:
+        """Folder of the package."""
+        return ARTIFACTS / "packages" / self.id.replace("/", "-")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What this invocation of doit is about: `builds` have tasks, `selected` are those that the variables name."""
+
+    root: Path
+    recipes: Recipes
+    variables: Mapping[str, str]
+    builds: tuple[Build, ...]
+    selected: tuple[Build, ...]
+    modules: tuple[ModuleType, ...]
+    actions: Mapping[str, Action]
+
+
+_plans: list[Plan] = []
+
+
+def get_plan() -> Plan:
+    """The plan of this process, made by dodo.py."""
+    return _plans[-1]
+
+
+def load_tasks(root: Path) -> dict[str, Any]:
+    """Everything that dodo.py defines: task creators and DOIT_CONFIG. Mistakes end doit with a message and exit 3."""
+    from doit.exceptions import InvalidDodoFile
+
+    try:
+        plan = load_plan(root, get_variables())
+    except MlcbuildError as error:
+        raise InvalidDodoFile(str(error)) from None
+    _plans.append(plan)
+    creators = {
+        name: value
+        for module in plan.modules
+        for name, value in inspect.getmembers(module, inspect.isfunction)
+        if name.startswith("task_") and value.__module__ == module.__name__
+    }
+    config = {"default_tasks": [build.task for build in plan.selected]}
+    return {**creators, "task_actions": make_tasks, "DOIT_CONFIG": config}
+
+
+def get_variables() -> dict[str, str]:
+    """The `name=value` arguments. doit offers them one by one, which would leave unknown ones unnoticed."""
+    from doit import doit_cmd
+
+    return dict(doit_cmd._CMDLINE_VARS or {})
+
+
+def load_plan(root: Path, variables: Mapping[str, str]) -> Plan:
+    """Read recipes and tasks below `root`. Raises UnknownNameError, RecipeError."""
+    modules = load_task_modules(root)
+    known = [*VARIABLES, *(name for module in modules for name in getattr(module, "VARIABLES", ()))]
+    for name in variables:
+        check_name("variable", name, known)
+    recipes = load_recipes(root / "recipes")
+    asked = {name: value for name, value in variables.items() if name in VARIABLES}
+    machine = LazyMachine()
+    selected = [make_build(variant, recipes, machine) for variant in make_variants(recipes, asked)]
+    builds = selected if asked else [*selected, *list_other_builds(recipes, machine, {build.id for build in selected})]
+    plan = Plan(root, recipes, variables, tuple(builds), tuple(selected), modules, {})
+    return Plan(root, recipes, variables, plan.builds, plan.selected, modules, collect_actions(plan))
+
+
+def load_task_modules(root: Path) -> tuple[ModuleType, ...]:
+    """The files of tasks/, imported; their names are the registry of steps."""
+    names = sorted(path.stem for path in (root / "tasks").glob("[a-z]*.py"))
+    return tuple(importlib.import_module(f"tasks.{name}") for name in names)
+
+
+class LazyMachine:
+    """This machine, looked at when a target asks; the GPU only for GPU targets, since nvidia-smi is slow."""
+
+    def __init__(self) -> None:
+        self.machines: dict[bool, Machine] = {}
+
+    def can_run(self, target: Target) -> bool:
+        """Whether the target's libraries run here."""
+        gpu = target.kind != "cpu"
+        if gpu not in self.machines:
+            self.machines[gpu] = load_machine(gpu=gpu)
+        return can_run(target, self.machines[gpu])
+
+
+def make_build(variant: Variant, recipes: Recipes, machine: LazyMachine) -> Build:
+    """A variant with its recipes. RecipeError when no weight layout of the target holds the quantization."""
+    from mlcbuild.quantization import choose_layout
+
+    quantization, target = recipes.quantizations[variant.quantization], recipes.targets[variant.target]
+    layout = choose_layout(target, quantization)
+    return Build(variant, recipes.models[variant.model], quantization, target, layout, machine.can_run(target))
+
+
+def list_other_builds(recipes: Recipes, machine: LazyMachine, known: set[str]) -> Iterator[Build]:
+    """Every other combination that matrices/default.yaml does not exclude and some weight layout allows."""
+    rules = recipes.matrices["default"].exclude
+    for variant in make_variants(recipes, EVERYTHING):
+        if variant.id in known or any(matches(variant, rule) for rule in rules):
+            continue
+        try:
+            yield make_build(variant, recipes, machine)
+        except RecipeError:
+            continue  # the pair of target and quantization does not exist; naming it says why
+
+
+def collect_actions(plan: Plan) -> dict[str, Action]:
+    """The actions of all steps by task name; variants that share one give it once."""
+    actions: dict[str, Action] = {}
+    for module in plan.modules:
+        for action in getattr(module, "make_actions", lambda plan: ())(plan):
+            other = actions.setdefault(action.task, action)
+            assert other == action, f"{action.task} is made in two ways"
+    return actions
+
+
+def make_tasks() -> Iterator[dict[str, Any]]:
+    """The doit tasks of all actions; each names module-level functions only, so that it can be sent to a worker."""
+    from mlcbuild.graph.execute import is_uptodate, remove_outputs, run_action
+
+    plan = get_plan()
+    root = str(plan.root)
+    docs = {module.__name__: (module.__doc__ or "").partition("\n")[0] for module in plan.modules}
+    for step in sorted({action.step for action in plan.actions.values()}):
+        module = next(action.module for action in plan.actions.values() if action.step == step)
+        yield {"basename": step, "name": None, "doc": docs.get(module, ""), "task_dep": []}
+    for action in plan.actions.values():
+        yield {
+            "basename": action.step,
+            "name": action.name,
+            "doc": docs.get(action.module, ""),
+            "actions": [(run_action, [action, root])],
+            "task_dep": list(action.after),
+            "targets": [str(path) for path in action.outputs.values()],
+            "uptodate": [(is_uptodate, [action, root])],
+            "clean": [(remove_outputs, [action, root])],
+            "verbosity": 0,
+            "meta": {"step": action.step, "name": action.name},
+        }
+
+
+def make_package_task(run: Callable[[Path, Mapping[str, str]], None]) -> dict[str, Any]:
+    """A doit task that builds the selected variant and calls `run(package, variables)`: for serve, chat and the like.
+
+    `run` is a module-level function; `package` is an absolute path. An error that carries a hint ends doit with exit 1
+    and no traceback.
+    """
+    plan = get_plan()
+    packages = [str(plan.root / build.package) for build in plan.selected]
+    return {
+        "actions": [(run_on_package, [run, packages, dict(plan.variables)])],
+        "task_dep": [build.task for build in plan.selected] if len(packages) == 1 else [],
+        "uptodate": [False],
+        "verbosity": 2,
+        "io": {"capture": False},
+    }
+
+
+def run_on_package(
+    run: Callable[[Path, Mapping[str, str]], None], packages: list[str], variables: dict[str, str]
+) -> Any:
+    """doit's python action of a package task."""
+    from doit.exceptions import TaskFailed
+
+    from mlcbuild.graph.execute import is_mendable
+
+    try:
+        if len(packages) != 1:
+            names = ", ".join(Path(package).name for package in packages)
+            raise UnknownNameError(
+                f"this works on one package, and the variables select {len(packages)}: {names}",
+                hint="narrow it down: model=... quantization=... target=...",
+            )
+        run(Path(packages[0]), variables)
+    except Exception as error:
+        if is_mendable(error):
+            return TaskFailed(str(error))
+        raise
+    return None
