@@ -1,11 +1,12 @@
-"""For the tests in this folder: a byte-level tokenizer made on the spot, requests, and engines over the fake executor."""
+"""For the tests in this folder: a byte-level tokenizer made on the spot, requests, engines over the fake executor."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
 
-from tokenizers import AddedToken, Tokenizer as Backend, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Backend
 
 from engine.core import Limits, Output, Request, SamplingParams, join_outputs
 from engine.engine import Engine
@@ -15,7 +16,8 @@ from engine.text.tokenizer import Tokenizer
 
 END = 256
 TEMPLATE = (
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<|bot|>{% endif %}"
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|bot|>{% endif %}"
 )
 LIMITS = Limits(context_window=128, prefill_chunk=24, max_batch=4, page_size=16, num_pages=20, vocab_size=258)
 

@@ -124,7 +124,11 @@ def test_context_overflow_names_both_numbers() -> None:
     ("prompt", "params", "message"),
     [
         ((), {}, "the prompt is empty: it has no tokens\n  hint: send at least one token"),
-        ((1, 258), {}, "token 258 of the prompt is not in the vocabulary of 258\n  hint: use this package's own tokenizer"),
+        (
+            (1, 258),
+            {},
+            "token 258 of the prompt is not in the vocabulary of 258\n  hint: use this package's own tokenizer",
+        ),
         ((1,), {"temperature": -0.1}, "temperature is -0.1\n  hint: it must be between 0 and 2"),
         ((1,), {"temperature": float("nan")}, "temperature is nan\n  hint: it must be between 0 and 2"),
         ((1,), {"top_p": 0.0}, "top_p is 0.0\n  hint: it must be above 0 and at most 1"),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from engine.core import SamplingParams
 from engine.sampling.sampler import make_generator, pick_token
@@ -35,7 +36,9 @@ def test_greedy_takes_the_first_of_the_best() -> None:
 
 
 @pytest.mark.parametrize("size", [7, 512, 1500])
-@pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.7, 5, 1.0), (1.3, 0, 0.8), (1.0, 6, 0.6)])
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.7, 5, 1.0), (1.3, 0, 0.8), (1.0, 6, 0.6)]
+)
 def test_frequencies(size: int, temperature: float, top_k: int, top_p: float) -> None:
     logits = (np.random.default_rng(size).standard_normal(size) * 3).astype(np.float32)
     count = 20_000

@@ -6,8 +6,9 @@ import ast
 import sys
 from pathlib import Path
 
-from hypothesis import given, settings, strategies as st
-from small_engines import END, LIMITS, join_by_request, make_engine, make_request, run_all
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_engines import LIMITS, join_by_request, make_engine, make_request, run_all
 
 import engine.scheduler
 from engine.core import Limits, Output
@@ -135,7 +136,7 @@ def test_the_youngest_gives_its_pages_back() -> None:
     old.tokens += [1] * 60  # as if it had been generating for a while
     old.computed = len(old.tokens) - 1
     run_once(scheduler)
-    assert (len(old.pages), len(young.pages), scheduler.preemptions) == (6, 0, 1) or (len(old.pages), scheduler.preemptions) == (6, 1)
+    assert (len(old.pages), len(young.pages), scheduler.preemptions) == (6, 0, 1)
     scheduler.remove(old)
     assert run_once(scheduler) == [("young", 0, 5)]
 
@@ -160,18 +161,3 @@ def test_the_scheduler_imports_no_tensor_library() -> None:
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert {n.split(".")[0] for n in names} <= allowed, path
             assert all(n in {"engine.core", "engine.scheduler.blocks"} for n in names if n.startswith("engine")), path
-
-
-def test_end_token_is_counted_but_has_no_text() -> None:
-    engine = make_engine(model=lambda history: make_row(END if len(history) == 3 else 104))
-    engine.add(make_request("a", "x"))
-    output = run_all(engine)["a"]
-    assert (output.text, output.token_ids, output.usage.completion_tokens) == ("hh", (104, 104, END), 3)
-
-
-def make_row(token: int):
-    import numpy as np
-
-    row = np.full(258, -50, np.float32)
-    row[token] = 50
-    return row

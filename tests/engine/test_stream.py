@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from small_engines import TOKENIZER
-from tokenizers import Tokenizer as Backend, decoders, models
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models
 
 from engine.text.stream import LONG, REPLACEMENT, Detokenizer, StopMatcher, TextStream
 
