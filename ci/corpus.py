@@ -2,7 +2,8 @@
 
 Used by `ci/train_tiny.py` (training and scoring) and by tests. It needs no tensor library. What it offers:
 
-    conversations()       one epoch of training conversations
+    conversations()       the fixed corpus
+    epoch()               one round of training: the facts of it, and freshly drawn conversations of the same kinds
     held_out()            conversations of the same kind that training never sees
     trained_questions()   (messages, tools, exact answer): what a greedy decoder must answer word for word
     render()              a conversation as text, by the same chat template that the tokenizer files carry
@@ -733,14 +734,38 @@ def _training(seed: int) -> tuple[Conversation, ...]:
     chats += [_story_chat(rng, *pair) for pair in _story_pairs(held_out=False) for _ in range(2)]
     chats += [_tool_chat(rng) for _ in range(400)]
     chats += [_turns_chat(rng) for _ in range(250)]
-    chats += [_chat("turns", f"{asked} in {city}?", "I need a tool to look that up.")
+    chats += [_chat("no tools", f"{asked} in {city}?", "I need a tool to look that up.")
               for city in CITIES for asked in ("What is the weather", "What time is it")]  # fmt: skip
     return tuple(chats)
 
 
 def conversations(seed: int = SEED) -> list[Conversation]:
-    """One epoch of training conversations, in a fixed order; the same for the same seed."""
+    """The fixed corpus, in a fixed order: the tokenizer is made from it, and the scored questions come from it."""
     return list(_training(seed))
+
+
+def epoch(number: int, seed: int = SEED) -> list[Conversation]:
+    """What one round of training reads: all facts and sums, and fresh stories, JSON, tool calls and turns.
+
+    Everything that `trained_questions` asks is in each epoch. The rest is drawn anew, so that the model learns the
+    pattern and cannot spend its few parameters on learning one set by heart.
+    """
+    rng = random.Random(seed * 10_000 + number)
+    chats = _fact_chats(rng) + 8 * _copy_chats() + [chat for chat in _training(seed) if chat.kind == "no tools"]
+    for problem in sums(held_out=False):
+        chats += [_sum_chat(problem), _sum_chat(problem), _sum_chat(problem, rng.choice([1, 2]))]
+    chats += _asked_by_heart(seed)
+    chats += [_json_chat(rng, NAMES, CITIES) for _ in range(300)]
+    chats += [_story_chat(rng, *pair) for pair in rng.sample(_story_pairs(held_out=False), 200)]
+    chats += [_tool_chat(rng) for _ in range(140)]
+    chats += [_turns_chat(rng) for _ in range(150)]
+    return chats
+
+
+def _asked_by_heart(seed: int) -> list[Conversation]:
+    """The drawn conversations whose answers are scored."""
+    counts = {"json": 60, "tools": 60, "turns": 20}
+    return [c for kind, n in counts.items() for c in [x for x in _training(seed) if x.kind == kind][:n]]
 
 
 def held_out(seed: int = SEED) -> list[Conversation]:
@@ -763,12 +788,9 @@ def as_question(chat: Conversation) -> Question:
 
 def trained_questions(seed: int = SEED) -> list[Question]:
     """Questions of the training set with one right answer. Stories have many, so they are not asked."""
-    by_kind: dict[str, list[Conversation]] = {}
-    for chat in _training(seed):
-        by_kind.setdefault(chat.kind, []).append(chat)
-    asked = [_chat("facts", *pair) for pair in facts()] + by_kind["copy"]
-    asked += by_kind["arithmetic"][:: len(by_kind["arithmetic"]) // 150]
-    asked += by_kind["json"][:60] + by_kind["tools"][:60] + by_kind["turns"][:20]
+    trained_sums = [chat for chat in _training(seed) if chat.kind == "arithmetic"]
+    asked = [_chat("facts", *pair) for pair in facts()] + _copy_chats()
+    asked += trained_sums[:: len(trained_sums) // 150] + _asked_by_heart(seed)
     return [as_question(chat) for chat in asked]
 
 

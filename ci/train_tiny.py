@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 MODELS_DIR = Path(__file__).resolve().parent.parent / "recipes" / "models"
 VOCAB_SIZE = 2048
+LONG_ROW = 1000
 END, IM_START, IM_END = 0, 1, 2
 CONTROL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 # Not "special" in the sense of transformers, as in Qwen 2.5: a decoder that skips special tokens must still show them.
@@ -297,24 +298,39 @@ def load_tokenizer() -> Tokenizer:
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation as tokens; `own` marks those that the assistant says."""
+    """One conversation as tokens, each with its weight in the loss."""
 
+    kind: str
     ids: list[int]
-    own: list[bool]
-    has_tools: bool
+    weights: list[float]
 
 
 def encode(tokenizer: Tokenizer, chat: corpus.Conversation) -> Sample:
-    """Tokens of a conversation, marked from after `assistant` and a line feed up to and including `<|im_end|>`."""
+    """Tokens of a conversation. What the assistant says counts in full, the result of a sum thrice, the rest little.
+
+    The rest counts at all because the perplexity of the held-out text is that of all its tokens.
+    """
     ids = tokenizer.encode(corpus.render(chat.messages, chat.tools), add_special_tokens=False).ids
     header = tokenizer.encode("assistant\n", add_special_tokens=False).ids
-    own = [False] * len(ids)
+    weights = [0.15] * len(ids)
     for start, token in enumerate(ids):
         if token == IM_START and ids[start + 1 : start + 1 + len(header)] == header:
             first = start + 1 + len(header)
             last = ids.index(IM_END, first)
-            own[first : last + 1] = [True] * (last + 1 - first)
-    return Sample(ids, own, chat.tools is not None)
+            weights[first : last + 1] = [1.0] * (last + 1 - first)
+    if chat.kind == "arithmetic":
+        equals = tokenizer.token_to_id("Ġ=")
+        result = max(i for i, token in enumerate(ids) if token == equals) + 1
+        weights[result:] = [3 * weight for weight in weights[result:]]
+    return Sample(chat.kind, ids, weights)
+
+
+def epochs(tokenizer: Tokenizer, seed: int) -> Iterator[list[Sample]]:
+    """Endless epochs, each in its own order."""
+    for number in itertools.count(1):
+        samples = [encode(tokenizer, chat) for chat in corpus.epoch(number)]
+        random.Random(seed * 10_000 + number).shuffle(samples)
+        yield samples
 
 
 @dataclass(frozen=True)
@@ -330,47 +346,57 @@ class Batch:
 Row = tuple[list[int], list[float], list[int]]
 
 
-def pack_rows(samples: list[Sample], length: int, rng: random.Random) -> Iterator[Row]:
+def pack_rows(source: Iterator[list[Sample]], length: int, apart: float, rng: random.Random) -> Iterator[Row]:
     """Endless rows of `length` + 1 tokens: ids, loss weights, document numbers.
 
-    A conversation often sees the one before it, as in a chat with several subjects and as in the held-out text; but
-    not if that one offered tools, because then the right answer could depend on it.
+    `apart` is the chance that a conversation does not see the one before it in the row. Often it does see it, as in a
+    chat with several subjects and as in the held-out text.
     """
-    while True:
-        order = rng.sample(samples, len(samples))
+    for order in source:
         while order:
             ids: list[int] = []
             weights: list[float] = []
             documents: list[int] = []
-            document, tools = 0, False
-            while order and len(ids) < length + 1:
-                room = length + 1 - len(ids)
+            document = 0
+            while (room := length + 1 - len(ids)) > 0:
                 nearest = range(-1, -min(len(order), 40) - 1, -1)
                 fitting = next((i for i in nearest if len(order[i].ids) <= room), None)
                 if fitting is None:
                     break
                 sample = order.pop(fitting)
-                document += tools or sample.has_tools or rng.random() < 0.6
+                # An answer that depends on there being no tools must not see any of an earlier conversation.
+                chance = {"no tools": 1.0, "tools": max(apart, 0.5)}.get(sample.kind, apart)
+                document += rng.random() < chance
                 ids += sample.ids
-                weights += [1.0 if own else 0.15 for own in sample.own]
+                weights += sample.weights
                 documents += [document] * len(sample.ids)
-                tools = sample.has_tools
-            rest = length + 1 - len(ids)
-            yield ids + [END] * rest, weights + [0.0] * rest, documents + [-1] * rest
+            yield ids + [END] * room, weights + [0.0] * room, documents + [-1] * room
 
 
-def batches(samples: list[Sample], length: int, rows: int, seed: int) -> Iterator[Batch]:
-    """Endless batches, the same for the same seed."""
-    source = pack_rows(samples, length, random.Random(seed))
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    while True:
-        columns = zip(*(next(source) for _ in range(rows)), strict=True)
-        ids, weights, documents = (torch.tensor(column) for column in columns)
-        seen = documents[:, :-1]
-        mask = causal & (seen[:, :, None] == seen[:, None, :])
-        # The first token of a document cannot be foretold from the document before it.
-        weights = weights[:, 1:] * (documents[:, 1:] == seen)
-        yield Batch(ids[:, :-1], ids[:, 1:], weights, mask[:, None])
+def make_batch(rows: list[Row]) -> Batch:
+    """Rows as tensors, shifted by one for the targets."""
+    ids, weights, documents = (torch.tensor(column) for column in zip(*rows, strict=True))
+    seen = documents[:, :-1]
+    causal = torch.ones(seen.shape[1], seen.shape[1], dtype=torch.bool).tril()
+    mask = causal & (seen[:, :, None] == seen[:, None, :])
+    # The first token of a document cannot be foretold from the document before it.
+    return Batch(ids[:, :-1], ids[:, 1:], weights[:, 1:] * (documents[:, 1:] == seen), mask[:, None])
+
+
+def batches(tokenizer: Tokenizer, rows: int, length: int, seed: int) -> Iterator[Batch]:
+    """Endless batches, the same for the same seed; every fourth has few but long rows.
+
+    Short rows are quick. Long ones hold the conversations with tools, and teach answering after a long history.
+    """
+    no_tools = ([s for s in samples if s.kind != "tools"] for samples in epochs(tokenizer, seed))
+    mixed = ([s for i, s in enumerate(e) if s.kind == "tools" or i % 3 == 0] for e in epochs(tokenizer, seed + 1))
+    short = pack_rows(no_tools, length, 0.5, random.Random(seed))
+    long = pack_rows(mixed, LONG_ROW, 0.04, random.Random(seed + 1))
+    for step in itertools.count():
+        if step % 4 == 3:
+            yield make_batch([next(long) for _ in range(max(1, rows * length // LONG_ROW))])
+        else:
+            yield make_batch([next(short) for _ in range(rows)])
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -430,11 +456,10 @@ def train(name: str, plan: Plan, checkpoint: Path, resume: bool, stop_after: flo
     tokenizer, model = load_tokenizer(), Llama(CONFIGS[name])
     optimizer = make_optimizer(model, plan)
     teacher = load_model("tiny") if name == "tiny-draft" else None
-    samples = [encode(tokenizer, chat) for chat in corpus.conversations()]
     first, spent = restore(checkpoint, model, optimizer) if resume and checkpoint.exists() else (0, 0.0)
-    source = itertools.islice(batches(samples, plan.length, plan.rows, plan.seed), first, None)
-    sizes = sum(p.numel() for p in model.parameters()), sum(len(s.ids) for s in samples)
-    print(f"{name}: {sizes[0]:,} parameters, {sizes[1]:,} tokens an epoch, {plan}, from step {first}", flush=True)
+    source = itertools.islice(batches(tokenizer, plan.rows, plan.length, plan.seed), first, None)
+    size = sum(p.numel() for p in model.parameters())
+    print(f"{name}: {size:,} parameters, {plan}, from step {first}", flush=True)
     started, smooth = time.monotonic() - spent, None
     for step in range(first, plan.steps):
         loss = train_step(model, optimizer, next(source), teacher, learning_rate(plan, step), precision_at(plan, step))
@@ -621,8 +646,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, help="default: MODEL.checkpoint in the temporary folder")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
     parser.add_argument("--steps", type=int, default=3000, help="training steps (default 3000)")
-    parser.add_argument("--rows", type=int, default=6, help="rows of a batch (default 6)")
-    parser.add_argument("--length", type=int, default=352, help="tokens of a row (default 352)")
+    parser.add_argument("--rows", type=int, default=8, help="rows of a batch (default 8)")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a row (default 256)")
     parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate (default 2e-3)")
     parser.add_argument("--seed", type=int, default=1, help="of weights and order (default 1)")
     parser.add_argument(
