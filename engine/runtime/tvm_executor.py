@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from engine.core import Batch, Limits
 
 from engine.artifact import Library, Package, load_weights_index
+from engine.core import Batch, Limits
 from engine.errors import PackageInvalid
 
 HUGE_PAGE = 1 << 21
@@ -73,6 +73,15 @@ class TvmExecutor:
     def copy_page(self, source: int, destination: int) -> None:
         """Copy one page of every layer."""
         self._pages[:, destination] = self._pages[:, source]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(a.nbytes for a in self._weights.values())
+
+    def get_weight_bytes(self) -> list[np.ndarray]:
+        """Every weight as flat bytes, for benchmarks that read them."""
+        return [a.reshape(-1).view(np.uint8) for a in self._weights.values()]
 
     def close(self) -> None:
         """Release the weights and pages; the executor cannot be used afterwards."""
