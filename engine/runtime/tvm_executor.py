@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engine.artifact import Library, Package, load_weights_index
 from engine.core import Batch, Limits
@@ -49,10 +50,10 @@ class TvmExecutor:
         self.limits = make_limits(library, max_tokens)
         kv = library.kv
         shape = (kv.layers, self.limits.num_pages, 2, kv.kv_heads, kv.page_size, kv.head_dim)
-        self._pages = make_aligned(shape, np.dtype(kv.dtype))
+        self._pages: NDArray[Any] | None = make_aligned(shape, np.dtype(kv.dtype))
         self._kv = runtime.from_dlpack(self._pages)
 
-    def run(self, batch: Batch) -> np.ndarray:
+    def run(self, batch: Batch) -> NDArray[np.float32]:
         """float32 [len(batch.logit_rows), vocab]; the array is the caller's to keep."""
         tokens = len(batch.tokens)
         if tokens > self.limits.prefill_chunk:
@@ -67,11 +68,13 @@ class TvmExecutor:
             logits, _ = self._functions["batch_decode"](embeds, *where, self._kv, self._params)
         else:
             logits, _ = self._functions["batch_prefill"](embeds, self._put(wanted), *where, self._kv, self._params)
-        padded: np.ndarray = np.from_dlpack(logits)
-        return padded[:rows, : self.limits.vocab_size].copy()
+        padded: Any = np.from_dlpack(logits)
+        out: NDArray[np.float32] = padded[:rows, : self.limits.vocab_size].copy()
+        return out
 
     def copy_page(self, source: int, destination: int) -> None:
         """Copy one page of every layer."""
+        assert self._pages is not None, "closed"
         self._pages[:, destination] = self._pages[:, source]
 
     @property
@@ -79,7 +82,7 @@ class TvmExecutor:
         """Bytes of all weights."""
         return sum(a.nbytes for a in self._weights.values())
 
-    def get_weight_bytes(self) -> list[np.ndarray]:
+    def get_weight_bytes(self) -> list[NDArray[np.uint8]]:
         """Every weight as flat bytes, for benchmarks that read them."""
         return [a.reshape(-1).view(np.uint8) for a in self._weights.values()]
 
@@ -121,7 +124,7 @@ def make_limits(library: Library, max_tokens: int | None) -> Limits:
     )
 
 
-def make_aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+def make_aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     """Zeroed memory on a 2 MiB boundary, in huge pages where the system gives them."""
     nbytes = math.prod(shape) * dtype.itemsize
     region = mmap.mmap(-1, nbytes + HUGE_PAGE)
@@ -132,10 +135,10 @@ def make_aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
     return flat[start : start + nbytes].view(dtype).reshape(shape)
 
 
-def _map_weights(package: Package) -> dict[str, np.ndarray]:
+def _map_weights(package: Package) -> dict[str, NDArray[Any]]:
     """Every parameter as a view of its mapped shard; shapes and dtypes are checked against the library."""
     records = {r.name: r for r in load_weights_index(package.root)}
-    shards: dict[Path, np.ndarray] = {}
+    shards: dict[Path, NDArray[np.uint8]] = {}
     out = {}
     for param in package.manifest.library.params:
         record = records.get(param.name)
@@ -154,7 +157,7 @@ def _map_weights(package: Package) -> dict[str, np.ndarray]:
     return out
 
 
-def _map_file(path: Path) -> np.ndarray:
+def _map_file(path: Path) -> NDArray[np.uint8]:
     """The file as bytes, mapped copy-on-write: DLPack refuses read-only memory, and nothing writes to it."""
     with path.open("rb") as file:
         region = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)

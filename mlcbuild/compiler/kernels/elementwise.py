@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
@@ -81,12 +82,12 @@ def make_take_rows(hidden: int) -> tirx.PrimFunc:
     return tir.make_prim_func(body)
 
 
-def inverse_frequencies(head_dim: int, theta: float, scaling: Mapping[str, Any] | None) -> np.ndarray:
+def inverse_frequencies(head_dim: int, theta: float, scaling: Mapping[str, Any] | None) -> NDArray[np.float32]:
     """float32 [head_dim / 2]: rotary frequencies, with Llama 3.1's rescaling of the long waves where asked for.
 
     Source: Hugging Face transformers' definition of rope_type "llama3". Raises ValueError for another rope_type.
     """
-    freq = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    freq: NDArray[np.float64] = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if scaling is None:
         return freq.astype(np.float32)
     kind = scaling.get("rope_type", scaling.get("type"))
