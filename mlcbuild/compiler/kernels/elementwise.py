@@ -91,14 +91,15 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: Mapping[str, Any] 
     if scaling is None:
         return freq.astype(np.float32)
     kind = scaling.get("rope_type", scaling.get("type"))
-    if kind == "linear":
-        return (freq / scaling["factor"]).astype(np.float32)
-    if kind != "llama3":
+    if kind not in ("linear", "llama3"):
         raise ValueError(f"rope_type '{kind}' is not implemented (known: default, linear, llama3)")
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    waves = scaling["original_max_position_embeddings"] * freq / (2 * np.pi)  # waves within the original context
+    stretched = freq / float(scaling["factor"])
+    if kind == "linear":
+        return stretched.astype(np.float32)
+    low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
+    waves = float(scaling["original_max_position_embeddings"]) * freq / (2 * np.pi)  # within the original context
     keep = np.clip((waves - low) / (high - low), 0, 1)
-    return (freq * keep + freq / scaling["factor"] * (1 - keep)).astype(np.float32)
+    return (freq * keep + stretched * (1 - keep)).astype(np.float32)
 
 
 def make_rope_table(head_dim: int) -> tirx.PrimFunc:
