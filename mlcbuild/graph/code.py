@@ -1,9 +1,13 @@
-"""Digests of source code: what a step runs, with the modules of this repository that it imports.
+"""Digests of source code: what a step runs, down to the top-level statements of this repository that it can reach.
 
-A digest is taken from the syntax tree without docstrings, comments and positions, so that only a change of meaning
-counts. Imports are followed through every module of PACKAGES, those inside functions too. Of the step's own module
-only what `run` can reach counts, and nothing of mlcbuild.graph: how actions are planned, cached and shown does not
-change what they make.
+From the step's `run` every name is followed to the statement that binds it, through imports into the other modules of
+PACKAGES, those inside functions too. So a change counts for the steps that can feel it, and for no others. What runs
+when a module is imported counts wherever the module is imported: bare statements, assignments that call something,
+decorated definitions. Docstrings, comments and layout never count, nor does mlcbuild.graph: how actions are planned,
+cached and shown does not change what they make.
+
+Modules that a step imports by a computed name are out of sight: the Action lists them in `code`, as `package.module`
+or `package.module:name`.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +28,39 @@ from mlcbuild.errors import StepError
 from mlcbuild.graph.digest import get_stat
 
 PACKAGES = ("mlcbuild", "engine", "tasks")
-MACHINERY = "mlcbuild.graph"
+MACHINERY = "mlcbuild.graph."
 ENTRY = "run"
+WHOLE = "*"  # all of a module
+LOADED = ""  # what runs when a module is imported
+# Decorators that only wrap what they decorate; any other may enter it into a registry that somebody reads.
+PURE_DECORATORS = frozenset(
+    {"cache", "cached_property", "contextmanager", "dataclass", "lru_cache", "overload", "runtime_checkable"}
+)
+# With these a module can reach its own names without naming them.
+REFLECTION = frozenset({"globals", "vars", "locals", "__getattr__"})
 # Fields that differ between Python versions, or say nothing about behaviour.
 SILENT_FIELDS = frozenset({"ctx", "kind", "type_comment", "type_ignores"})
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """One parsed module: the digest of its code and the names that it may import (modules or their attributes)."""
+class Statement:
+    """One top-level statement: names it binds, whether it runs something when imported, its digest, names it uses,
+    and what it imports as (module, name or WHOLE)."""
 
+    names: tuple[str, ...]
+    eager: bool
     digest: str
-    imports: tuple[str, ...]
+    uses: tuple[str, ...]
+    imports: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One parsed module. `whole`: it looks at its own names, so that it can only be taken as a whole."""
+
+    statements: tuple[Statement, ...]
+    loads: tuple[str, ...]  # modules that are imported with it (or attributes of such)
+    whole: bool
 
 
 def find_module(name: str) -> Path | None:
@@ -63,37 +88,41 @@ def _get_package_folders(top: str) -> list[Path]:
 
 
 class CodeDigests:
-    """Digests of modules and their imports, remembered by stat in the file `path`."""
+    """Digests of the code behind steps. Parsed modules are remembered by stat in the file `path`."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._memo: dict[str, list[Any]] = {}
+        self._memo: dict[str, Any] = {}
         self._changed = False
-        self._sources: dict[tuple[str, str], tuple[Path, Source]] = {}
+        self._sources: dict[str, Source | None] = {}
+        self._files: set[Path] = set()
         with contextlib.suppress(FileNotFoundError, ValueError):
             self._memo = json.loads(path.read_text("utf-8"))
 
     def get_closure(self, step: str, extra: tuple[str, ...] = ()) -> dict[str, str]:
-        """Digest of the step's `run` and of every module that it and the modules `extra` import: {module: digest}."""
-        closure: dict[str, str] = {}
-        pending = [(step, ENTRY), *((name, "") for name in extra)]
-        while pending:
-            name, entry = pending.pop()
-            if name in closure or f"{name}.".startswith(f"{MACHINERY}."):
-                continue
-            found = self._get_source(name, entry)
-            if found is None:
-                if name == step or name in extra:
-                    raise StepError(f"{step}: there is no module {name}", hint="check the Action's `module` and `code`")
-                continue
-            closure[name] = found[1].digest
-            pending.extend((parent, "") for parent in _list_parents(name))
-            pending.extend((imported, "") for imported in found[1].imports)
+        """Digest of all that `run` of the module `step` and the `extra` modules or names reach: {module: digest}.
+
+        StepError when the step has no `run`, or when there is no such module.
+        """
+        entries = [(step, ENTRY), *((name, item or WHOLE) for name, _, item in (e.partition(":") for e in extra))]
+        for name, item in entries:
+            source = self._get_source(name)
+            if source is None:
+                raise StepError(f"{step}: there is no module {name}", hint="check the Action's `module` and `code`")
+            if item != WHOLE and not any(item in statement.names for statement in source.statements):
+                raise StepError(f"{name} has no function {item}", hint=f"define it, or mend the Action of {step}")
+        reached = self._reach(entries)
+        closure = {}
+        for name, indices in sorted(reached.items()):
+            source = self._get_source(name)
+            if indices and source is not None:
+                digests = "".join(source.statements[index].digest for index in sorted(indices))
+                closure[name] = hashlib.sha256(digests.encode()).hexdigest()
         return closure
 
     def list_files(self) -> list[Path]:
-        """Every source file that went into a closure so far."""
-        return sorted({path for path, _ in self._sources.values()})
+        """Every source file that was looked at so far."""
+        return sorted(self._files)
 
     def save(self) -> None:
         """Write the memo, if anything was parsed; one that cannot be written costs time only."""
@@ -106,35 +135,78 @@ class CodeDigests:
             os.replace(scratch, self._path)
             self._changed = False
 
-    def _get_source(self, name: str, entry: str) -> tuple[Path, Source] | None:
-        if (name, entry) in self._sources:
-            return self._sources[name, entry]
+    def _reach(self, entries: list[tuple[str, str]]) -> dict[str, set[int]]:
+        """Indices of the statements of each module that can be reached from (module, name) pairs."""
+        reached: dict[str, set[int]] = {}
+        seen: set[tuple[str, str]] = set()
+        pending = list(entries)
+        while pending:
+            entry = pending.pop()
+            name, item = entry
+            source = None if entry in seen or f"{name}.".startswith(MACHINERY) else self._get_source(name)
+            seen.add(entry)
+            if source is None:
+                continue
+            if name not in reached:
+                reached[name] = set()
+                pending += [(module, LOADED) for module in (*_list_parents(name), *source.loads)]
+            found = {index for index, statement in enumerate(source.statements) if statement.eager}
+            bound = {index for index, statement in enumerate(source.statements) if item in statement.names}
+            if item == WHOLE or source.whole:
+                found = set(range(len(source.statements)))
+            elif item != LOADED and not bound:
+                submodule = f"{name}.{item}"
+                pending.append((submodule, WHOLE) if self._get_source(submodule) else (name, WHOLE))
+            local = {other for statement in source.statements for other in statement.names}
+            for index in (found | bound) - reached[name]:
+                reached[name].add(index)
+                statement = source.statements[index]
+                pending += [(name, use) for use in statement.uses if use in local]
+                pending += statement.imports
+        return reached
+
+    def _get_source(self, name: str) -> Source | None:
+        if name not in self._sources:
+            self._sources[name] = self._load_source(name)
+        return self._sources[name]
+
+    def _load_source(self, name: str) -> Source | None:
         path = find_module(name)
         if path is None:
             return None
-        stat, slot = list(get_stat(path)), f"{path}#{entry}"
-        remembered = self._memo.get(slot)
-        if remembered and remembered[0] == stat:
-            source = Source(remembered[1], tuple(remembered[2]))
-        else:
-            source = make_source(path.read_text("utf-8"), name, entry, is_package=path.name == "__init__.py")
-            self._memo[slot] = [stat, source.digest, source.imports]
-            self._changed = True
-        self._sources[name, entry] = path, source
-        return path, source
+        self._files.add(path)
+        stat, remembered = list(get_stat(path)), self._memo.get(str(path))
+        if remembered and remembered[:2] == [stat, name]:
+            statements, loads, whole = remembered[2]
+            return Source(tuple(_restore(values) for values in statements), tuple(loads), whole)
+        source = make_source(path.read_text("utf-8"), name, is_package=path.name == "__init__.py")
+        self._memo[str(path)] = [stat, name, astuple(source)]
+        self._changed = True
+        return source
 
 
-def make_source(text: str, name: str, entry: str = "", *, is_package: bool = False) -> Source:
-    """Digest and imports of the module `name` with source `text`; with an `entry`, of what that function reaches.
+def _restore(values: list[Any]) -> Statement:
+    names, eager, digest, uses, imports = values
+    return Statement(tuple(names), eager, digest, tuple(uses), tuple((module, item) for module, item in imports))
 
-    SyntaxError if the text is not Python; StepError if it has no such entry.
-    """
-    tree = ast.parse(text)
-    if entry:
-        tree = _slice(tree, name, entry)
+
+def make_source(text: str, name: str, *, is_package: bool = False) -> Source:
+    """Parse the module `name` with source `text`. SyntaxError if it is not Python."""
     package = name if is_package else name.rpartition(".")[0]
-    imports = sorted({found for node in _walk(tree) for found in _list_imports(node, package)})
-    return Source(hashlib.sha256(_dump(tree).encode()).hexdigest(), tuple(imports))
+    nodes = [node for top in ast.parse(text).body if not _is_silent(top) for node in _split(top)]
+    statements = tuple(_make_statement(node, package) for node in nodes)
+    loads = [item for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom)) for item in _list(node, package)]
+    names = {module for module, _ in loads} | {f"{module}.{item}" for module, item in loads if item != WHOLE}
+    used = {use for statement in statements for use in (*statement.uses, *statement.names)}
+    return Source(statements, tuple(sorted(names)), bool(used & REFLECTION))
+
+
+def _make_statement(node: ast.stmt, package: str) -> Statement:
+    inside = list(_walk(node))
+    uses = sorted({item.id for item in inside if isinstance(item, ast.Name)})
+    imports = sorted({found for item in inside for found in _list(item, package)})
+    digest = hashlib.sha256(_dump(node).encode()).hexdigest()
+    return Statement(tuple(sorted(_list_bound(node))), _is_eager(node), digest, tuple(uses), tuple(imports))
 
 
 def _list_parents(name: str) -> list[str]:
@@ -143,16 +215,56 @@ def _list_parents(name: str) -> list[str]:
     return [".".join(parts[:count]) for count in range(1, len(parts))]
 
 
-def _list_imports(node: ast.AST, package: str) -> Iterator[str]:
+def _list(node: ast.AST, package: str) -> Iterator[tuple[str, str]]:
+    """What an import statement imports, as (module, name)."""
     if isinstance(node, ast.Import):
-        yield from (alias.name for alias in node.names)
-    elif isinstance(node, ast.ImportFrom):
+        yield from ((alias.name, WHOLE) for alias in node.names)
+    elif isinstance(node, ast.ImportFrom) and node.module != "__future__":
         base = node.module or ""
         if node.level:
             above = package.split(".")[: len(package.split(".")) - node.level + 1]
             base = ".".join([*above, *([base] if base else [])])
-        yield base
-        yield from (f"{base}.{alias.name}" for alias in node.names)
+        yield from ((base, alias.name) for alias in node.names)
+
+
+def _split(node: ast.stmt) -> Iterator[ast.stmt]:
+    """A top-level statement; an import of several names as one statement for each."""
+    if isinstance(node, ast.Import):
+        yield from (ast.Import(names=[alias]) for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        yield from (ast.ImportFrom(module=node.module, names=[alias], level=node.level) for alias in node.names)
+    else:
+        yield node
+
+
+def _list_bound(node: ast.stmt) -> set[str]:
+    """Names that a top-level statement binds, as far as it does nothing else."""
+    if isinstance(node, ast.Import):
+        return {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+    if isinstance(node, ast.ImportFrom):
+        return {alias.asname or alias.name for alias in node.names}
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return {node.name}
+    if isinstance(node, (ast.Assign, ast.AnnAssign)):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        return {item.id for target in targets for item in ast.walk(target) if isinstance(item, ast.Name)}
+    return set()
+
+
+def _is_eager(node: ast.stmt) -> bool:
+    """Whether importing the module runs something that others may notice."""
+    if isinstance(node, ast.ImportFrom):
+        return node.module == "__future__" or node.names[0].name == WHOLE
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return any(_get_decorator(item) not in PURE_DECORATORS for item in node.decorator_list)
+    if isinstance(node, (ast.Assign, ast.AnnAssign)):
+        return any(isinstance(item, ast.Call) for item in ast.walk(node))
+    return not isinstance(node, ast.Import)
+
+
+def _get_decorator(node: ast.expr) -> str:
+    node = node.func if isinstance(node, ast.Call) else node
+    return str(getattr(node, "attr", getattr(node, "id", "")))
 
 
 def _is_silent(node: ast.AST) -> bool:
@@ -180,35 +292,3 @@ def _dump(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ",".join(_dump(item) for item in value if not _is_silent(item)) + "]"
     return f"{type(value).__name__}:{value!r}"
-
-
-def _slice(tree: ast.Module, name: str, entry: str) -> ast.Module:
-    """The statements of a module that its function `entry` can reach, and those that run whenever it is imported."""
-    binding = [(node, names) for top in tree.body if not _is_silent(top) for node, names in _split(top)]
-    if not any(entry in names for _, names in binding):
-        raise StepError(f"{name} has no function {entry}", hint=f"write `def {entry}(ctx: Context) -> None` in it")
-    wanted, reached = {entry}, {index for index, (_, names) in enumerate(binding) if not names}
-    before = -1
-    while before != len(reached) + len(wanted):
-        before = len(reached) + len(wanted)
-        reached |= {index for index, (_, names) in enumerate(binding) if names & wanted}
-        wanted |= {node.id for index in reached for node in _walk(binding[index][0]) if isinstance(node, ast.Name)}
-    return ast.Module(body=[node for index, (node, _) in enumerate(binding) if index in reached], type_ignores=[])
-
-
-def _split(node: ast.stmt) -> Iterator[tuple[ast.stmt, frozenset[str]]]:
-    """A top-level statement with the names that it binds; an import of several names as one statement for each."""
-    if isinstance(node, ast.Import):
-        for alias in node.names:
-            yield ast.Import(names=[alias]), frozenset({(alias.asname or alias.name).split(".")[0]})
-    elif isinstance(node, ast.ImportFrom):
-        for alias in node.names:
-            names = frozenset() if node.module == "__future__" else frozenset({alias.asname or alias.name})
-            yield ast.ImportFrom(module=node.module, names=[alias], level=node.level), names
-    elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-        yield node, frozenset({node.name})
-    elif isinstance(node, (ast.Assign, ast.AnnAssign)):
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-        yield node, frozenset(n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name))
-    else:
-        yield node, frozenset()

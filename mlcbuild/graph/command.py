@@ -56,7 +56,7 @@ def _raise_terminated(number: int, frame: object) -> None:
     raise Terminated
 
 
-class Run(DoitRun):  # type: ignore[misc]
+class Run(DoitRun):
     """`doit run` that ends without a traceback on Ctrl-C and SIGTERM, with all finished work kept."""
 
     def execute(self, params: Any, args: list[str]) -> int:

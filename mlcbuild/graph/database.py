@@ -13,7 +13,7 @@ from typing import Any
 from doit.dependency import DatabaseException, JsonDB
 
 
-class Database(JsonDB):  # type: ignore[misc]
+class Database(JsonDB):
     """doit's JSON backend without its two faults: a dump that a kill can cut short, and then refuses to load."""
 
     desc = "JSON file that is replaced atomically"
