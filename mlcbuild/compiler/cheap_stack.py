@@ -21,7 +21,7 @@ def cheap_stack() -> Iterator[None]:
     It is a change of the standard library for the whole process: only for compiling, not for a server.
     """
     original = inspect.stack
-    inspect.stack = make_stack  # type: ignore[assignment]
+    inspect.stack = make_stack
     try:
         yield
     finally:

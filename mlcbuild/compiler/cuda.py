@@ -95,7 +95,7 @@ def check_arch(nvcc: Path, target: str, arch: str) -> None:
 
 
 def find_libraries(nvcc: Path) -> list[Path]:
-    """Folders that may hold libcudart: of the toolkit that nvcc belongs to (as nvcc itself says), and the usual ones."""
+    """Folders that may hold libcudart: of nvcc's own toolkit, as nvcc itself says, and the usual ones."""
     said = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True, check=False).stderr
     tops = re.findall(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
     roots = [Path(top) for top in (*tops, os.environ.get("CUDA_HOME", "/usr/local/cuda"), "/usr/local/cuda")]

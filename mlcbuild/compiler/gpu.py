@@ -136,8 +136,8 @@ class GpuProgram:
         self, input_embeds: Tensor, logit_positions: Tensor, paged_kv_cache: PagedKVCache
     ) -> tuple[Tensor, PagedKVCache]:
         """[1, n, hidden], int32 [b] -> float32 [1, b, vocab]: logits of the tokens `logit_positions` only."""
-        h = op.take(self._layers(input_embeds, paged_kv_cache), logit_positions, axis=0)
-        logits = self.model.logits(h)
+        h = self._layers(input_embeds, paged_kv_cache)
+        logits = self.model.logits(op.tensor_expr_op(_take, "take_rows", [h, logit_positions]))
         return op.reshape(logits, (1, *logits.shape)), paged_kv_cache
 
     def batch_decode(self, input_embeds: Tensor, paged_kv_cache: PagedKVCache) -> tuple[Tensor, PagedKVCache]:
