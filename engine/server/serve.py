@@ -20,7 +20,7 @@ from engine.server.app import make_app
 from engine.server.settings import ServerSettings
 
 BACKLOG = 2048
-GRACE = 5  # seconds that clients have to read the end of their streams
+GRACE = 3  # seconds that clients have to read the end of their streams
 
 
 def run_server(load: Callable[[], LoadedModel], settings: ServerSettings, say: Callable[[str], None]) -> None:

@@ -33,7 +33,18 @@ class Tokenizer:
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Tokens of `text`, with the model's own beginning (such as BOS) unless told otherwise."""
+        """Tokens of `text`, with the model's own beginning (such as BOS) unless told otherwise.
+
+        Raises InvalidRequest for half of a surrogate pair, which JSON can bring in and UTF-8 cannot hold.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(
+                "the text holds half of a surrogate pair, which is no character",
+                hint="send valid Unicode",
+                param="messages",
+            ) from error
         ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 

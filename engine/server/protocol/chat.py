@@ -10,7 +10,16 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 # Nothing is converted: "0.5" is not a number, 1 is not true, and NaN is nothing.
@@ -180,11 +189,12 @@ class ChatRequest(BaseModel):
     tools: list[Tool] | None = Field(default=None, max_length=MAX_TOOLS)
     tool_choice: Any = None  # "auto", "none"; see UNSUPPORTED
 
-    @model_validator(mode="after")
-    def _check_stream_options(self) -> ChatRequest:
-        if self.stream_options is not None and not self.stream:
-            raise PydanticCustomError("stream_options", "stream_options goes only with stream=true")
-        return self
+    @field_validator("stream_options")
+    @classmethod
+    def _check_stream_options(cls, value: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:
+        if value is not None and not info.data.get("stream"):
+            raise PydanticCustomError("invalid_value", "stream_options goes only with stream=true")
+        return value
 
     def get_unsupported(self) -> str | None:
         """The name of a field that asks for what this server cannot do; null asks for nothing."""

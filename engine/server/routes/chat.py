@@ -62,14 +62,7 @@ def make_prompt(body: ChatRequest, model: LoadedModel) -> list[int]:
     """The tokens of the conversation. Raises InvalidRequest when they cannot be made."""
     messages = [message.make_template_value() for message in body.messages]
     tools = [tool.model_dump(exclude_unset=True) for tool in body.tools or []] if body.tool_choice != "none" else []
-    try:
-        return model.engine.tokenizer.encode_chat(messages, tools=tools)
-    except UnicodeEncodeError:
-        raise InvalidRequest(
-            "the messages hold half of a surrogate pair, which is no character",
-            hint="send valid Unicode",
-            param="messages",
-        ) from None
+    return model.engine.tokenizer.encode_chat(messages, tools=tools)
 
 
 def make_params(body: ChatRequest, defaults: SamplingParams) -> SamplingParams:

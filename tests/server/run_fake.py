@@ -1,0 +1,41 @@
+"""`run_fake.py serve name=value ...` or `run_fake.py chat name=value ...`: the server or the chat with a fake model."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from fake_models import load_fake
+
+from engine.errors import EngineError
+from engine.server.settings import ChatSettings, ServerSettings, load_settings
+
+
+def main(what: str, pairs: list[str]) -> None:
+    given = dict(pair.split("=", 1) for pair in pairs)
+    if what == "serve":
+        from engine.server.serve import run_server
+
+        settings = load_settings(ServerSettings, given, os.environ)
+
+        def load():
+            print("loading", flush=True)
+            return load_fake(name=settings.model_name or "fake", queue_limit=settings.max_queue)
+
+        run_server(load, settings, say=lambda text: print(text, flush=True))
+    else:
+        from engine.chat import run_chat
+
+        chat_settings = load_settings(ChatSettings, given, os.environ)
+        model = load_fake()
+        try:
+            run_chat(model, chat_settings)
+        finally:
+            model.engine.close()
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1], sys.argv[2:])
+    except EngineError as error:
+        sys.exit(str(error))
