@@ -79,11 +79,13 @@ def load_settings(kind: type[S], given: Mapping[str, str], environment: Mapping[
     return kind(**values)
 
 
-def make_settings_help(kind: type[S]) -> str:
-    """One line per setting: name, default, what it does."""
-    rows = [(f"{f.name}={f.default}", str(f.metadata["text"])) for f in dataclasses.fields(kind)]
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+def get_texts(kind: type[ServerSettings] | type[ChatSettings]) -> dict[str, str]:
+    """What each setting of `kind` does, with its default."""
+    texts = {}
+    for known in dataclasses.fields(kind):
+        default = "" if known.default == "" else f" (default {known.default})"
+        texts[known.name] = f"{known.metadata['text']}{default}"
+    return texts
 
 
 def _parse(name: str, kind: str, text: str, where: str) -> Any:

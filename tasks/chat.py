@@ -1,0 +1,40 @@
+"""chat: talk in the terminal with the package that the variables select.
+
+    ./doit chat model=tiny system="You are brief."
+    echo "What is the capital of France?" | ./doit chat
+
+The settings and their defaults are in engine/server/settings.py; each may also come from the environment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from engine.server.settings import ChatSettings, get_texts, load_settings
+from mlcbuild.graph.plan import make_package_task
+from mlcbuild.recipes.matrix import VARIABLES as SELECTION
+
+VARIABLES = get_texts(ChatSettings)
+
+
+def task_chat() -> dict[str, Any]:
+    """talk with a package in the terminal"""
+    return make_package_task(run_terminal)
+
+
+def run_terminal(package: Path, variables: Mapping[str, str]) -> None:
+    """Chat until the input ends."""
+    given = {name: value for name, value in variables.items() if name not in SELECTION}
+    settings = load_settings(ChatSettings, given, os.environ)
+
+    from engine.chat import run_chat
+    from engine.model import load_model
+
+    with contextlib.suppress(KeyboardInterrupt):  # while the model loads; the chat sees to its own
+        model = load_model(package, kv_tokens=settings.kv_tokens)
+        with contextlib.closing(model.engine):
+            run_chat(model, settings)

@@ -1,0 +1,43 @@
+"""serve: OpenAI's chat protocol over HTTP, with the package that the variables select.
+
+    ./doit serve model=tiny port=8000
+
+The settings and their defaults are in engine/server/settings.py; each may also come from the environment.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from engine.server.settings import ServerSettings, get_texts, load_settings
+from mlcbuild.graph.plan import make_package_task
+from mlcbuild.recipes.matrix import VARIABLES as SELECTION
+
+VARIABLES = get_texts(ServerSettings)
+
+
+def task_serve() -> dict[str, Any]:
+    """serve a package over HTTP, as OpenAI does"""
+    return make_package_task(run_serve)
+
+
+def run_serve(package: Path, variables: Mapping[str, str]) -> None:
+    """Serve until Ctrl-C or SIGTERM."""
+    given = {name: value for name, value in variables.items() if name not in SELECTION}
+    settings = load_settings(ServerSettings, given, os.environ)
+
+    from engine.model import load_model
+    from engine.server.serve import run_server
+
+    load = functools.partial(
+        load_model,
+        package,
+        name=settings.model_name,
+        kv_tokens=settings.kv_tokens,
+        queue_limit=settings.max_queue,
+    )
+    run_server(load, settings, functools.partial(print, flush=True))
