@@ -6,8 +6,9 @@ A step is a file `tasks/<step>.py` with two functions:
     def run(ctx: Context) -> None:                       # how: calls into mlcbuild, writes to ctx.outputs
 
 `run` may read `ctx.params` and `ctx.inputs` and nothing else, and must write every path of `ctx.outputs` and nothing
-else: an output is a file or a folder, as the step makes it (the parent exists, the path itself does not). Whatever
-else can change the result is declared: `tools`, `environment`, `code`.
+else: an output is a file or a folder, as the step makes it (the parent exists, the path itself does not). A file in
+it may be a hard link, but only to one that nobody ever writes to: the store keeps it. Whatever else can change the
+result is declared: `tools`, `environment`, `code`.
 
 The key is the SHA-256 of the canonical JSON of all that. It holds no absolute path, time or host name, so that two
 checkouts on two machines agree on it.
@@ -42,7 +43,8 @@ class Action:
     name         what it is made for, e.g. `tiny/q4f16_1/x86-vnni-16x64`; the doit task is `step:name`
     module       the module that holds `run`, e.g. `tasks.convert`
     params       JSON values: all that `run` is told, and nothing that cannot change its outputs
-    inputs       files or folders; their contents enter the key under the logical name, their paths do not
+    inputs       files, folders, or some files of a folder as `folder/*.json` (ctx.inputs then names the folder); their
+                 contents enter the key under the logical name, their paths do not
     outputs      files or folders, replaced as a whole
     tools        versions that enter the key: distribution names (`apache-tvm`) or `program:nvcc`
     environment  names of environment variables whose values enter the key

@@ -48,6 +48,16 @@ def list_files(folder: Path) -> Iterator[tuple[str, Path]]:
     yield from sorted((path.relative_to(folder).as_posix(), path) for path in found)
 
 
+def is_pattern(path: Path) -> bool:
+    """Whether an input is some files of a folder, as `folder/*.safetensors`."""
+    return any(sign in path.name for sign in "*?[")
+
+
+def get_location(path: Path) -> Path:
+    """Where an input lies: the folder of a pattern, else the path itself."""
+    return path.parent if is_pattern(path) else path
+
+
 class DigestMemo:
     """Digests of files by their stat, kept in the log file `path`."""
 
@@ -56,13 +66,17 @@ class DigestMemo:
         self._known: dict[Stat, str] = {}
         self._load()
 
-    def get_digest(self, path: Path) -> str:
-        """Digest of a file's contents, or of a folder's relative paths and contents. FileNotFoundError if missing."""
-        found = os.stat(path)
-        if stat.S_ISDIR(found.st_mode):
-            files = {name: self.get_file_digest(file) for name, file in list_files(path)}
-            return hashlib.sha256(make_canonical_json(files).encode()).hexdigest()
-        return self.get_file_digest(path)
+    def get_input_digest(self, path: Path) -> str:
+        """Digest of a file, or of the relative paths and contents of a folder's files: of all, or of those that the
+        pattern in its last part matches (maybe none). FileNotFoundError if the file or folder is missing."""
+        found = os.stat(get_location(path))
+        if not stat.S_ISDIR(found.st_mode):
+            return self.get_file_digest(path)
+        files = (
+            list_files(path) if not is_pattern(path) else [(file.name, file) for file in path.parent.glob(path.name)]
+        )
+        digests = {name: self.get_file_digest(file) for name, file in files}
+        return hashlib.sha256(make_canonical_json(digests).encode()).hexdigest()
 
     def get_file_digest(self, path: Path) -> str:
         """Digest of a file's contents, from the memo when its stat is known."""

@@ -27,12 +27,11 @@ from mlcbuild.graph.action import (
     Action,
     Context,
     get_provenance_path,
-    make_canonical_json,
     make_key,
     make_specification,
 )
 from mlcbuild.graph.code import CodeDigests
-from mlcbuild.graph.digest import DigestMemo, get_stat
+from mlcbuild.graph.digest import DigestMemo, get_location, get_stat
 from mlcbuild.graph.settings import settings
 from mlcbuild.graph.store import Record, Store, make_blobs
 from mlcbuild.graph.versions import get_version
@@ -75,7 +74,6 @@ class Workspace:
             environment={name: os.environ.get(name) for name in sorted(action.environment)},
         )
         self.code.save()
-        assert str(self.root) not in make_canonical_json(specification), f"{action.task}: a path in the key"
         return specification
 
     def is_current(self, action: Action, key: str) -> bool:
@@ -126,7 +124,7 @@ class Workspace:
 
     def _get_input_digest(self, action: Action, name: str) -> str:
         try:
-            return self.memo.get_digest(self.root / action.inputs[name])
+            return self.memo.get_input_digest(self.root / action.inputs[name])
         except FileNotFoundError as error:
             maker = f"doit {action.after[0]}" if action.after else "restore the file"
             raise StepError(f"{action.task}: its input {action.inputs[name]} does not exist", hint=maker) from error
@@ -200,7 +198,7 @@ def _make(workspace: Workspace, action: Action, key: str, specification: dict[st
 
 
 def _run(workspace: Workspace, action: Action, outputs: dict[str, Path]) -> None:
-    inputs = {name: workspace.root / path for name, path in action.inputs.items()}
+    inputs = {name: workspace.root / get_location(path) for name, path in action.inputs.items()}
     context = Context(action.params, inputs, outputs, settings.report, workspace.memo.get_file_digest)
     importlib.import_module(action.module).run(context)
 

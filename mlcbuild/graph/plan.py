@@ -222,7 +222,7 @@ def make_tasks() -> Iterator[dict[str, Any]]:
 
     plan = get_plan()
     root = str(plan.root)
-    docs = {module.__name__: (module.__doc__ or "").partition("\n")[0] for module in plan.modules}
+    docs = {module.__name__: get_purpose(module) for module in plan.modules}
     for step in sorted({action.step for action in plan.actions.values()}):
         module = next(action.module for action in plan.actions.values() if action.step == step)
         yield {"basename": step, "name": None, "doc": docs.get(module, ""), "task_dep": []}
@@ -241,6 +241,29 @@ def make_tasks() -> Iterator[dict[str, Any]]:
         }
 
 
+def are_current(last: str) -> bool:
+    """Whether the task `last` and all that it comes after have nothing to do: `uptodate` of tasks without actions."""
+    from mlcbuild.graph.execute import is_uptodate
+
+    plan = get_plan()
+    pending, seen = [last], set()
+    while pending:
+        name = pending.pop()
+        if name in seen or name not in plan.actions:
+            continue
+        seen.add(name)
+        if not is_uptodate(plan.actions[name], str(plan.root)):
+            return False
+        pending += plan.actions[name].after
+    return True
+
+
+def get_purpose(module: ModuleType) -> str:
+    """The first line of a module's docstring, without the `name: ` that it begins with."""
+    line = (module.__doc__ or "").partition("\n")[0]
+    return line.removeprefix(f"{module.__name__.rpartition('.')[2]}: ")
+
+
 def make_package_task(run: Callable[[Path, Mapping[str, str]], None]) -> dict[str, Any]:
     """A doit task that builds the selected variant and calls `run(package, variables)`: for serve, chat and the like.
 
@@ -250,7 +273,7 @@ def make_package_task(run: Callable[[Path, Mapping[str, str]], None]) -> dict[st
     plan = get_plan()
     packages = [str(plan.root / build.package) for build in plan.selected]
     return {
-        "actions": [(run_on_package, [run, packages, dict(plan.variables)])],
+        "actions": [(call, [run_on_package, run, packages, dict(plan.variables)])],
         "task_dep": [build.task for build in plan.selected] if len(packages) == 1 else [],
         "uptodate": [False],
         "verbosity": 2,
@@ -260,20 +283,25 @@ def make_package_task(run: Callable[[Path, Mapping[str, str]], None]) -> dict[st
 
 def run_on_package(
     run: Callable[[Path, Mapping[str, str]], None], packages: list[str], variables: dict[str, str]
-) -> Any:
-    """doit's python action of a package task."""
+) -> None:
+    """Call `run` with the only package. UnknownNameError when the variables select several."""
+    if len(packages) != 1:
+        names = ", ".join(Path(package).name for package in packages)
+        raise UnknownNameError(
+            f"this works on one package, and the variables select {len(packages)}: {names}",
+            hint="narrow it down: model=... quantization=... target=...",
+        )
+    run(Path(packages[0]), variables)
+
+
+def call(function: Callable[..., None], *args: Any) -> Any:
+    """doit's python action of a plain task: an error that carries a hint ends it with exit 1 and no traceback."""
     from doit.exceptions import TaskFailed
 
     from mlcbuild.graph.execute import is_mendable
 
     try:
-        if len(packages) != 1:
-            names = ", ".join(Path(package).name for package in packages)
-            raise UnknownNameError(
-                f"this works on one package, and the variables select {len(packages)}: {names}",
-                hint="narrow it down: model=... quantization=... target=...",
-            )
-        run(Path(packages[0]), variables)
+        function(*args)
     except Exception as error:
         if is_mendable(error):
             return TaskFailed(str(error))

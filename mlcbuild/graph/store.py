@@ -126,8 +126,7 @@ class Store:
         else:
             path.parent.mkdir(exist_ok=True)
             with self._open_scratch(digest) as scratch:
-                # A file with other links belongs to somebody else too, who may write to it: the store takes a copy.
-                share_file(file, scratch, may_link=found.st_nlink == 1)
+                share_file(file, scratch)
                 _sync(scratch)
                 os.replace(scratch, path)
             self._memo.remember(path, digest)
@@ -136,7 +135,7 @@ class Store:
     def _is_intact(self, path: Path, blob: Blob) -> bool:
         """Whether the blob is there with the right contents; a damaged one is quarantined."""
         try:
-            intact = os.stat(path).st_size == blob.size and self._memo.get_digest(path) == blob.sha256
+            intact = os.stat(path).st_size == blob.size and self._memo.get_file_digest(path) == blob.sha256
         except FileNotFoundError:
             return False
         if not intact:
@@ -189,9 +188,9 @@ def make_blobs(logical: str, path: Path, memo: DigestMemo) -> tuple[Blob, ...]:
     return tuple(Blob(name, os.stat(file).st_size, memo.get_file_digest(file)) for name, file in files)
 
 
-def share_file(source: Path, path: Path, *, may_link: bool = True) -> None:
+def share_file(source: Path, path: Path) -> None:
     """Make `path` a read-only file with the contents of `source`, sharing bytes where possible."""
-    if not _clone(source, path) and not (may_link and _link(source, path)):
+    if not _clone(source, path) and not _link(source, path):
         shutil.copyfile(source, path)
     os.chmod(path, READ_ONLY)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlcbuild.errors import PackageError
 from mlcbuild.graph.action import PRIVATE
-from mlcbuild.graph.digest import list_files
+from mlcbuild.graph.digest import get_location, list_files
 from mlcbuild.graph.execute import get_workspace
 from mlcbuild.graph.snapshot import make_snapshot, save_snapshot
 
@@ -121,7 +121,7 @@ def save_snapshot_of(plan: Plan, path: Path, started_ns: int) -> None:
     workspace = get_workspace(plan.root)
     outputs = [Path(name) for action in plan.actions.values() for name in workspace.list_outputs(action)]
     made = [path for action in plan.actions.values() for path in action.outputs.values()]
-    inputs = [path for action in plan.actions.values() for path in action.inputs.values()]
+    inputs = [get_location(path) for action in plan.actions.values() for path in action.inputs.values()]
     given = [path for path in inputs if PRIVATE not in path.parents and not any(_is_within(path, at) for at in made)]
     files = [file for path in given for file in _list_all(plan.root, path)]
     sources = [*workspace.code.list_files(), *list_recipe_files(plan.root), *files]

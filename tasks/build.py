@@ -1,0 +1,22 @@
+"""build: everything that one variant needs, verified where this machine can run it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from mlcbuild.graph.plan import are_current, get_plan
+
+
+def task_variants() -> Iterator[dict[str, Any]]:
+    """build and verify a package"""
+    for build in get_plan().builds:
+        last = f"verify:{build.id}" if build.runs_here else f"package:{build.id}"
+        yield {
+            "basename": "build",  # a function named task_build would clash with the command
+            "name": build.id,
+            "doc": "package and record" if build.runs_here else "package; another machine has to verify it",
+            "actions": None,
+            "task_dep": [last],
+            "uptodate": [(are_current, [last])],
+        }
