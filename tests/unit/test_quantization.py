@@ -138,20 +138,3 @@ def test_the_first_layout_that_accepts_is_chosen():
         "target 't' has no weight layout for quantization 'q4f32_1' (tried x86-vnni-16x64)\n"
         "  hint: choose another quantization, or add a layout to the target recipe"
     )
-
-
-def test_dequantize_te_equals_numpy():
-    tvm = pytest.importorskip("tvm")
-    from tvm import te
-
-    weight = np.random.default_rng(3).standard_normal((4, 64)).astype(np.float32)
-    method = get_method("group")
-    tensors = method.quantize(Q4F32, weight)
-    inputs = {
-        name: te.placeholder(spec.shape, spec.dtype, name) for name, spec in method.storage(Q4F32, (4, 64)).items()
-    }
-    out = method.dequantize_te(Q4F32, (4, 64), inputs)
-    built = tvm.compile(te.create_prim_func([*inputs.values(), out]), target={"kind": "llvm"})
-    result = tvm.runtime.tensor(np.zeros((4, 64), np.float32))
-    built(*[tvm.runtime.tensor(tensors[name]) for name in inputs], result)
-    np.testing.assert_array_equal(result.numpy(), method.dequantize(Q4F32, tensors))
