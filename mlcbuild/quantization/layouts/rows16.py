@@ -6,6 +6,7 @@ code 7 and scale 0, or plain zero.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,12 +19,13 @@ if TYPE_CHECKING:
     from mlcbuild.recipes.schema import Quantization
 
 ROWS = 16
+READERS = Path(__file__).parents[2] / "compiler" / "kernels"
 ZERO_WORD = 0x77777777  # eight codes 7
 
 
 def accepts(q: Quantization) -> bool:
-    """Plain weights, and 4-bit groups."""
-    return q.method == "plain" or (q.method == "group" and q.bits == 4)
+    """Methods for which a CPU kernel reads these tiles: kernels/rows16_<method>.py."""
+    return (READERS / f"rows16_{q.method}.py").is_file()
 
 
 def vector_dtype(q: Quantization) -> str:
