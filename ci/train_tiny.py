@@ -327,9 +327,9 @@ def encode(tokenizer: Tokenizer, chat: corpus.Conversation) -> Sample:
 
 def epochs(tokenizer: Tokenizer, seed: int) -> Iterator[list[Sample]]:
     """Endless epochs, each in its own order."""
-    for number in itertools.count(1):
+    for number in itertools.count(1000 * seed):
         samples = [encode(tokenizer, chat) for chat in corpus.epoch(number)]
-        random.Random(seed * 10_000 + number).shuffle(samples)
+        random.Random(number).shuffle(samples)
         yield samples
 
 
@@ -388,8 +388,8 @@ def batches(tokenizer: Tokenizer, rows: int, length: int, seed: int) -> Iterator
 
     Short rows are quick. Long ones hold the conversations with tools, and teach answering after a long history.
     """
-    no_tools = ([s for s in samples if s.kind != "tools"] for samples in epochs(tokenizer, seed))
-    mixed = ([s for i, s in enumerate(e) if s.kind == "tools" or i % 3 == 0] for e in epochs(tokenizer, seed + 1))
+    no_tools = ([s for s in samples if s.kind != "tools"] for samples in epochs(tokenizer, 2 * seed))
+    mixed = ([s for i, s in enumerate(e) if s.kind == "tools" or i % 3 == 0] for e in epochs(tokenizer, 2 * seed + 1))
     short = pack_rows(no_tools, length, 0.5, random.Random(seed))
     long = pack_rows(mixed, LONG_ROW, 0.04, random.Random(seed + 1))
     for step in itertools.count():
@@ -451,13 +451,14 @@ def make_optimizer(model: Llama, plan: Plan) -> torch.optim.AdamW:
 
 
 def train(name: str, plan: Plan, checkpoint: Path, resume: bool, stop_after: float) -> None:
-    """Train one model and write it; a checkpoint every 100 steps lets a broken run go on exactly where it was."""
+    """Train one model and write it; a checkpoint every 100 steps lets a broken run go on, also with another plan."""
     torch.manual_seed(plan.seed)
     tokenizer, model = load_tokenizer(), Llama(CONFIGS[name])
     optimizer = make_optimizer(model, plan)
     teacher = load_model("tiny") if name == "tiny-draft" else None
     first, spent = restore(checkpoint, model, optimizer) if resume and checkpoint.exists() else (0, 0.0)
-    source = itertools.islice(batches(tokenizer, plan.rows, plan.length, plan.seed), first, None)
+    # A resumed run draws new conversations: making the old ones again to skip them would take minutes.
+    source = batches(tokenizer, plan.rows, plan.length, plan.seed + first)
     size = sum(p.numel() for p in model.parameters())
     print(f"{name}: {size:,} parameters, {plan}, from step {first}", flush=True)
     started, smooth = time.monotonic() - spent, None
