@@ -101,7 +101,7 @@ def store(tmp_path_factory):
     return tmp_path_factory.mktemp("store")
 
 
-@pytest.fixture()
+@pytest.fixture
 def project(tmp_path):
     """A copy of the files that the project tracks, or would."""
     listed = subprocess.run(

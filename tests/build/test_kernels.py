@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import tvm
-from mlcbuild.compiler.kernels import attention, elementwise, embedding, linear_rows16, linear_vnni, quantize_rows
-from mlcbuild.quantization import get_layout, get_method
-from mlcbuild.recipes.schema import Quantization
 
 from engine.artifact import get_cpu_features
 from engine.runtime.tvm_executor import make_aligned
+from mlcbuild.compiler.kernels import attention, elementwise, embedding, linear_rows16, linear_vnni, quantize_rows
+from mlcbuild.quantization import get_layout, get_method
+from mlcbuild.recipes.schema import Quantization
 
 Q4F16 = Quantization(name="q4f16_1", method="group", bits=4, group_size=32, dtype="float16", activations="int8")
 Q4F32 = Quantization(name="q4f32_1", method="group", bits=4, group_size=32, dtype="float32")
