@@ -141,17 +141,17 @@ def make_environment(nvcc: Path, libraries: list[Path]) -> dict[str, str]:
 def _run(command: list[str], environment: dict[str, str], log: Path, report: Report) -> None:
     """Run the child in a process group of its own, relaying its reports; nothing of the group outlives this call."""
     failure: dict[str, str] | None = None
-    with open(log, "w+", encoding="utf-8", errors="replace") as messages:
-        child = subprocess.Popen(
+    with (
+        open(log, "w+", encoding="utf-8", errors="replace") as messages,
+        subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=messages, text=True, start_new_session=True
-        )
+        ) as child,
+    ):
         try:
             assert child.stdout is not None
             for line in child.stdout:
-                message = _parse(line)
-                if message is None:
-                    messages.write(line)
-                elif "error" in message:
+                message = json.loads(line)
+                if "error" in message:
                     failure = message
                 else:
                     report(message["text"], message["fraction"])
@@ -159,20 +159,10 @@ def _run(command: list[str], environment: dict[str, str], log: Path, report: Rep
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
     if failure is not None:
         raise getattr(errors, failure["error"])(failure["message"], hint=failure["hint"])
     if code != 0:
         raise _make_error(code, log)
-
-
-def _parse(line: str) -> dict[str, Any] | None:
-    """A message of the child, or None for a line that something else printed."""
-    try:
-        message = json.loads(line)
-    except ValueError:
-        return None
-    return message if isinstance(message, dict) and ("text" in message or "error" in message) else None
 
 
 def _make_error(code: int, log: Path) -> CompileError:

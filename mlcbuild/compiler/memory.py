@@ -28,21 +28,19 @@ def estimate_memory(module: IRModule, bounds: Mapping[str, int]) -> dict[str, in
 
 def _count(function: relax.Function, name: str, bounds: Mapping[str, int]) -> int:
     storage, tensor = Op.get("relax.memory.alloc_storage"), Op.get("relax.builtin.alloc_tensor")
-    total = 0
+    calls: list[relax.Call] = []
 
-    def visit(expression: Any) -> None:
-        nonlocal total
-        if not isinstance(expression, relax.Call):
-            return
-        if expression.op == storage:
-            total += _evaluate(expression.args[0].values[0], name, bounds)
-        elif expression.op == tensor:
-            elements = 1
-            for extent in expression.args[0].values:
-                elements *= _evaluate(extent, name, bounds)
-            total += elements * (DataType(str(expression.ty.dtype)).bits + 7) // 8
+    def visit(expression: Any) -> None:  # nothing that raises: TVM would make another exception of it
+        if isinstance(expression, relax.Call) and expression.op in (storage, tensor):
+            calls.append(expression)
 
     relax.analysis.post_order_visit(function.body, visit)
+    total = 0
+    for call in calls:
+        size = 1 if call.op == storage else (DataType(str(call.ty.dtype)).bits + 7) // 8
+        for extent in call.args[0].values:
+            size *= _evaluate(extent, name, bounds)
+        total += size
     return total
 
 
