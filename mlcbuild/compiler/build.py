@@ -15,6 +15,7 @@ from typing import Any
 import tvm
 from tvm import IRModule
 
+from engine.artifact import ABI
 from mlcbuild.compiler.lowering import Program, make_lowering
 from mlcbuild.compiler.memory import estimate_memory
 from mlcbuild.compiler.pipeline import make_pipeline, run_pipeline
@@ -22,7 +23,6 @@ from mlcbuild.errors import CompileError, ToolchainError
 from mlcbuild.models import get_family
 from mlcbuild.recipes.schema import Limits, Quantization, Target
 
-ABI = 1  # of the functions and of library.json; engine/artifact.py refuses another one
 Report = Callable[..., None]
 
 
