@@ -53,7 +53,11 @@ class EngineThread:
         ready: queue.SimpleQueue[Engine | BaseException] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, args=(make_engine, ready), name="engine", daemon=True)
         self._thread.start()
-        engine = ready.get()
+        try:
+            engine = ready.get()
+        except KeyboardInterrupt:  # let it finish loading, then end it: see the last line
+            self.close()
+            raise
         if isinstance(engine, BaseException):
             self._thread.join()
             raise engine

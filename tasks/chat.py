@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from engine.interrupts import end_on_signal
 from engine.server.settings import ChatSettings, get_texts, load_settings
 from mlcbuild.graph.plan import make_package_task
 from mlcbuild.recipes.matrix import VARIABLES as SELECTION
@@ -31,10 +32,10 @@ def run_terminal(package: Path, variables: Mapping[str, str]) -> None:
     given = {name: value for name, value in variables.items() if name not in SELECTION}
     settings = load_settings(ChatSettings, given, os.environ)
 
-    from engine.chat import run_chat
-    from engine.model import load_model
+    with end_on_signal():  # importing and loading take a while, too
+        from engine.chat import run_chat
+        from engine.model import load_model
 
-    with contextlib.suppress(KeyboardInterrupt):  # while the model loads; the chat sees to its own
         model = load_model(package, kv_tokens=settings.kv_tokens)
         with contextlib.closing(model.engine):
             run_chat(model, settings)

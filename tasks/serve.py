@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from engine.interrupts import end_on_signal
 from engine.server.settings import ServerSettings, get_texts, load_settings
 from mlcbuild.graph.plan import make_package_task
 from mlcbuild.recipes.matrix import VARIABLES as SELECTION
@@ -30,14 +31,15 @@ def run_serve(package: Path, variables: Mapping[str, str]) -> None:
     given = {name: value for name, value in variables.items() if name not in SELECTION}
     settings = load_settings(ServerSettings, given, os.environ)
 
-    from engine.model import load_model
-    from engine.server.serve import run_server
+    with end_on_signal():  # importing and loading take a while, too
+        from engine.model import load_model
+        from engine.server.serve import run_server
 
-    load = functools.partial(
-        load_model,
-        package,
-        name=settings.model_name,
-        kv_tokens=settings.kv_tokens,
-        queue_limit=settings.max_queue,
-    )
-    run_server(load, settings, functools.partial(print, flush=True))
+        load = functools.partial(
+            load_model,
+            package,
+            name=settings.model_name,
+            kv_tokens=settings.kv_tokens,
+            queue_limit=settings.max_queue,
+        )
+        run_server(load, settings, functools.partial(print, flush=True))

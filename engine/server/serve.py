@@ -7,10 +7,9 @@ for clients that no longer read.
 from __future__ import annotations
 
 import asyncio
-import signal
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing
 
 import uvicorn
 
@@ -26,9 +25,10 @@ GRACE = 3  # seconds that clients have to read the end of their streams
 def run_server(load: Callable[[], LoadedModel], settings: ServerSettings, say: Callable[[str], None]) -> None:
     """Serve the model that `load` loads until a signal ends it; `say` tells the person at the terminal.
 
-    To be called in the main thread. Raises CannotListen before anything is loaded, and what `load` raises.
+    To be called in the main thread, within engine.interrupts.end_on_signal. Raises CannotListen before anything is
+    loaded, and what `load` raises.
     """
-    with closing(open_socket(settings.host, settings.port)) as listener, _interrupts():
+    with closing(open_socket(settings.host, settings.port)) as listener:
         try:
             model = load()
             with closing(model.engine):
@@ -87,13 +87,3 @@ class Server(uvicorn.Server):
         ending = asyncio.create_task(asyncio.to_thread(self._engine.close))
         await super().shutdown(sockets)
         await ending
-
-
-@contextmanager
-def _interrupts() -> Iterator[None]:
-    """SIGTERM is a KeyboardInterrupt too, while the model loads and after uvicorn has returned its own handlers."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -11,7 +11,7 @@ from fake_models import LIMITS
 from running import Running, run_fake_server, wait_until
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def shared_server() -> Iterator[Running]:
     with run_fake_server() as running:
         yield running

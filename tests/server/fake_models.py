@@ -30,6 +30,7 @@ LIMITS = Limits(context_window=512, prefill_chunk=128, max_batch=8, page_size=16
 ASSISTANT = "<|im_start|>assistant\n"
 USER = "<|im_start|>user\n"
 STEP = 0.02
+SLUGGISH = 1.5
 
 
 class Parrot:
@@ -69,9 +70,10 @@ class Parrot:
 
 
 def load_fake(*, name: str = "fake", queue_limit: int = 128, limits: Limits = LIMITS) -> LoadedModel:
-    """A loaded model without a package."""
+    """A loaded model without a package; one that is called sluggish takes its time to load."""
 
     def make_engine() -> Engine:
+        time.sleep(SLUGGISH if name == "sluggish" else 0)
         tokenizer = load_tokenizer(ROOT / "recipes" / "models" / "tiny")
         return Engine(FakeExecutor(limits, Parrot(tokenizer)), tokenizer)
 

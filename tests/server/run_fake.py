@@ -8,6 +8,7 @@ import sys
 from fake_models import load_fake
 
 from engine.errors import EngineError
+from engine.interrupts import end_on_signal
 from engine.server.settings import ChatSettings, ServerSettings, load_settings
 
 
@@ -36,6 +37,7 @@ def main(what: str, pairs: list[str]) -> None:
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1], sys.argv[2:])
+        with end_on_signal():
+            main(sys.argv[1], sys.argv[2:])
     except EngineError as error:
         sys.exit(str(error))

@@ -59,6 +59,17 @@ def test_ending(number: signal.Signals) -> None:
     assert (answers[0].status_code, answers[0].json()) == (503, {"error": told})
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ending_while_the_model_loads(number: signal.Signals) -> None:
+    process = start_process("serve", "port=0", "model_name=sluggish", **PIPES)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "loading\n"
+    time.sleep(0.5)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=20)
+    assert (process.returncode, output, errors) == (0, "the server has ended\n", "")
+
+
 def test_a_client_that_does_not_read_cannot_keep_it() -> None:
     with start_server() as (process, url):
         idle = socket.create_connection(("127.0.0.1", httpx.URL(url).port))

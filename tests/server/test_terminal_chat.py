@@ -117,10 +117,10 @@ class Terminal:
         More than once, because input() cannot see a signal between its prompt and its first wait (a matter of
         microseconds that a person never hits).
         """
-        for _ in range(40):
+        for _ in range(5):
             act()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(0.5)
+                self.process.wait(4)
                 break
         else:
             self.process.kill()
