@@ -48,7 +48,8 @@ def run_chat(
         for line in read_lines(stdin, terminal):
             if not chat.answer(line):
                 return
-    console.out()
+    if terminal:
+        console.out()
 
 
 def read_lines(stdin: TextIO, terminal: bool) -> Iterator[str]:
@@ -70,7 +71,7 @@ def make_params(settings: ChatSettings, defaults: SamplingParams) -> SamplingPar
     return SamplingParams(
         temperature=defaults.temperature if settings.temperature == -1 else settings.temperature,
         top_p=defaults.top_p if settings.top_p == -1 else settings.top_p,
-        top_k=settings.top_k,
+        top_k=defaults.top_k if settings.top_k == -1 else settings.top_k,
         seed=None if settings.seed == -1 else settings.seed,
         max_tokens=settings.max_tokens or None,
     )

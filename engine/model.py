@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.artifact import open_package
+from engine.artifact import Package, open_package
 from engine.core import SamplingParams
 from engine.llm import make_package_engine
 from engine.thread import DEFAULT_QUEUE_LIMIT, EngineThread
@@ -37,12 +37,22 @@ def load_model(
     """
     package = open_package(path)
     variant = package.manifest.variant
-    defaults = load_defaults(package.chat_config)
+    defaults = load_defaults(package)
     engine = EngineThread(make_package_engine(path, max_tokens=kv_tokens or None), queue_limit=queue_limit)
     return LoadedModel(name or variant.split("/")[0], variant, int(time.time()), engine, defaults)
 
 
-def load_defaults(chat_config: Path) -> SamplingParams:
-    """Temperature and top_p of a package's mlc-chat-config.json."""
-    config = json.loads(chat_config.read_text(encoding="utf-8"))
-    return SamplingParams(temperature=float(config.get("temperature", 1.0)), top_p=float(config.get("top_p", 1.0)))
+def load_defaults(package: Package) -> SamplingParams:
+    """How the model's makers want it sampled: mlc-chat-config.json and what generation_config.json says besides.
+
+    That is top_k, and do_sample=false, which means the likeliest token, always.
+    """
+    config = json.loads(package.chat_config.read_text(encoding="utf-8"))
+    path = package.generation_config
+    generation = {} if path is None else json.loads(path.read_text(encoding="utf-8"))
+    greedy = generation.get("do_sample") is False
+    return SamplingParams(
+        temperature=0.0 if greedy else float(config.get("temperature", 1.0)),
+        top_p=float(config.get("top_p", 1.0)),
+        top_k=int(generation.get("top_k") or 0),
+    )

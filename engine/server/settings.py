@@ -44,7 +44,7 @@ class ChatSettings:
     system: str = _setting("", "the system message")
     temperature: float = _setting(-1.0, "0 = always the likeliest token, up to 2; -1 = what the package says")
     top_p: float = _setting(-1.0, "keep the likeliest tokens up to this probability; -1 = what the package says")
-    top_k: int = _setting(0, "keep this many of the likeliest tokens; 0 = all")
+    top_k: int = _setting(-1, "keep this many of the likeliest tokens, 0 = all; -1 = what the package says")
     seed: int = _setting(-1, "the same seed gives the same replies; -1 = another every time")
     max_tokens: int = _setting(0, "end a reply after so many tokens; 0 = what the context holds")
     kv_tokens: int = _setting(0, "tokens that the KV cache holds; 0 = what the engine thinks fit")

@@ -28,7 +28,7 @@ def talk(text: str, *arguments: str, log: str = "") -> str:
 
 
 def test_a_pipe_gets_replies_and_nothing_else() -> None:
-    assert talk("hello\n\nnaïve 😀") == "You said: hello\nYou said: naïve 😀\n\n"
+    assert talk("hello\n\nnaïve 😀") == "You said: hello\nYou said: naïve 😀\n"
 
 
 def test_the_model_sees_the_conversation() -> None:
