@@ -1,7 +1,8 @@
 """Matmul with float32 activations over the portable weight layout `rows16`: exact, for any processor.
 
 A vector holds the same input of sixteen output rows, so a broadcast input times that vector needs no horizontal sum.
-Eight rows of x share each unpacked weight; a lone row keeps eight partial sums to hide the latency.
+Eight rows of x share each unpacked weight. Every row adds even and odd inputs apart and in the same order: its result
+is the same to the last bit, whatever else is in the batch.
 rows16_<method>.py knows how a quantization method is stored.
 """
 
@@ -51,24 +52,16 @@ def make_linear(out_features: int, in_features: int, q: Quantization, *, bias: b
                 with T.serial(n % 8 // 4) as block:
                     _rows(weights, x, tile, n // 8 * 8 + block * 4, 4, in_features, store)
                 with T.serial(n % 4) as row:
-                    _one_row(weights, x, tile, n // 4 * 4 + row, in_features, store)
+                    _rows(weights, x, tile, n // 4 * 4 + row, 1, in_features, store)
 
     return tir.make_prim_func(body)
 
 
 def _rows(weights: Any, x: Expr, tile: Expr, first: Expr, count: int, k: int, store: Callable[..., None]) -> None:
-    sums = [Accumulator() for _ in range(count)]
+    sums = [[Accumulator(), Accumulator()] for _ in range(count)]
     with T.serial(k // 8) as k8:
         for i, w in enumerate(weights.eight(tile, k8)):
-            for m, s in enumerate(sums):
-                s.set(fma(w, spread(x[first + m, k8 * 8 + i]), s.get()))
-    for m, s in enumerate(sums):
-        store(first + m, tile, s.get())
-
-
-def _one_row(weights: Any, x: Expr, tile: Expr, row: Expr, k: int, store: Callable[..., None]) -> None:
-    sums = [Accumulator() for _ in range(8)]
-    with T.serial(k // 8) as k8:
-        for i, w in enumerate(weights.eight(tile, k8)):
-            sums[i].set(fma(w, spread(x[row, k8 * 8 + i]), sums[i].get()))
-    store(row, tile, sum((s.get() for s in sums[1:]), sums[0].get()))
+            for m, chains in enumerate(sums):
+                chains[i % 2].set(fma(w, spread(x[first + m, k8 * 8 + i]), chains[i % 2].get()))
+    for m, (even, odd) in enumerate(sums):
+        store(first + m, tile, even.get() + odd.get())

@@ -4,7 +4,8 @@ y[m, n] = sum over groups of  scale_w * scale_x * (stored . codes + correction) 
 
 One row: a GEMV that streams each tile of 16 outputs once; low nibbles are used as they are, high nibbles times 16, so
 no shift of the weights is needed. More rows: weight-stationary; two tiles of one group are unpacked once into sixteen
-registers and meet all rows of a block, partial sums stay in an L1 scratch. Measured in `doit bench`.
+registers and meet all rows of a block, partial sums stay in an L1 scratch. Both add even and odd groups apart and in
+the same order: a row's result is the same to the last bit, whatever else is in the batch.
 """
 
 from __future__ import annotations
@@ -108,9 +109,9 @@ def _many_rows(
     w: Expr, acts: tuple[Expr, Expr, Expr], n: Expr, t: Expr, pair: int, blocks: int, store: Callable[..., None]
 ) -> None:
     rows = T.bind(block_rows(n))
-    sums = tir.scratch(MAX_BLOCK * pair * 16)
+    sums = tir.scratch(MAX_BLOCK * pair * 2 * 16)
     with T.serial((n + rows - 1) // rows) as block_of_rows:
-        with T.serial(rows * pair) as i:
+        with T.serial(rows * pair * 2) as i:
             put(sums, i * 16, f32(0))
         with T.serial(blocks) as block:
             for g in range(2):
@@ -123,16 +124,17 @@ def _many_rows(
                 first = T.bind((block_of_rows * (2 * blocks) + block * 2 + g) * rows)
                 with T.serial(rows // 2) as two:
                     for u in range(2):
-                        _accumulate_row(acts, weights, first, two * 2 + u, sums)
+                        _accumulate_row(acts, weights, first, two * 2 + u, g, sums)
         with T.serial(rows) as m:
             row = T.bind(block_of_rows * rows + m)
             with T.If(row < n), T.Then():
                 for r in range(pair):
-                    store(row, t * pair + r, vec(sums, (m * pair + r) * 16))
+                    at = (m * pair + r) * 32
+                    store(row, t * pair + r, vec(sums, at) + vec(sums, at + 16))
 
 
 def _accumulate_row(
-    acts: tuple[Expr, Expr, Expr], weights: list[tuple[Expr, list[Expr]]], first: Expr, m: Expr, sums: Expr
+    acts: tuple[Expr, Expr, Expr], weights: list[tuple[Expr, list[Expr]]], first: Expr, m: Expr, g: int, sums: Expr
 ) -> None:
     """One row of activations against the unpacked group of every tile; two chains per tile hide the latency."""
     codes, scales, corrections = acts
@@ -143,6 +145,6 @@ def _accumulate_row(
         for r in range(pair):
             chains[r][v % 2] = T.bind(_dot(chains[r][v % 2], weights[r][1][v], x))
     for r in range(pair):
-        o = (m * pair + r) * 16
+        o = (m * pair + r) * 32 + g * 16
         dot = T.cast(chains[r][0] + chains[r][1], F32)
         put(sums, o, fma(dot, weights[r][0] * spread(scales[at]), vec(sums, o)))
