@@ -14,10 +14,10 @@ from tasks.download import get_source
 def make_actions(plan: Plan) -> Iterator[Action]:
     """One per variant."""
     for build in plan.builds:
-        parts = {
+        parts = {  # the library first: a missing toolchain shows before many gigabytes are fetched
+            "compile": f"compile:{build.id}",
             "download": f"download:{build.model.name}",
             "convert": f"convert:{build.weights_name}",
-            "compile": f"compile:{build.id}",
         }
         yield Action(
             step="package",
