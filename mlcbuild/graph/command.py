@@ -112,6 +112,7 @@ class Build(Run):
         from mlcbuild.graph import summary
         from mlcbuild.graph.plan import get_plan
 
+        check_variables(variables)
         if not variables:
             set_var("matrix", "default")  # only its tasks are made
         started_ns = time.time_ns()
@@ -138,6 +139,19 @@ class Build(Run):
 
         params["reporter"] = Reporter(sys.stdout, {})
         return params["reporter"]  # type: ignore[no-any-return]
+
+
+def check_variables(variables: dict[str, str]) -> None:
+    """Raise doit's InvalidCommand, which ends it with exit 3, for a variable that `doit build` does not know."""
+    from mlcbuild.errors import UnknownNameError
+    from mlcbuild.recipes.matrix import VARIABLES
+    from mlcbuild.recipes.names import check_name
+
+    try:
+        for name in variables:
+            check_name("variable", name, VARIABLES)
+    except UnknownNameError as error:
+        raise InvalidCommand(str(error)) from None
 
 
 def _get_variables() -> dict[str, str]:
