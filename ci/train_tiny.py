@@ -306,7 +306,7 @@ class Sample:
 
 
 def encode(tokenizer: Tokenizer, chat: corpus.Conversation) -> Sample:
-    """Tokens of a conversation. What the assistant says counts in full, the result of a sum thrice, the rest little.
+    """Tokens of a conversation. What the assistant says counts in full, sums and counting more, the rest little.
 
     The rest counts at all because the perplexity of the held-out text is that of all its tokens.
     """
@@ -322,6 +322,8 @@ def encode(tokenizer: Tokenizer, chat: corpus.Conversation) -> Sample:
         equals = tokenizer.token_to_id("Ġ=")
         result = max(i for i, token in enumerate(ids) if token == equals) + 1
         weights[result:] = [3 * weight for weight in weights[result:]]
+    if chat.kind == "copy":
+        weights = [4 * weight for weight in weights]
     return Sample(chat.kind, ids, weights)
 
 
