@@ -6,15 +6,13 @@ Each test adds the files to a copy of the project and builds the result with the
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from real_project import copy_project
+from real_project import doit as run_doit
 
-ROOT = Path(__file__).parents[2]
 FAMILY = '''"""A family that is Llama by another name."""
 
 from mlcbuild.models.llama import Config, Model, make_weight_map
@@ -103,23 +101,12 @@ def store(tmp_path_factory):
 
 @pytest.fixture
 def project(tmp_path):
-    """A copy of the files that the project tracks, or would."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    for name in listed.stdout.splitlines():
-        if (ROOT / name).is_file():
-            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, tmp_path / name)
-    return tmp_path
+    return copy_project(tmp_path)
 
 
 def doit(project: Path, store: Path, *args: str) -> str:
-    """Run doit in the copy, with the copy's modules."""
-    environment = {**os.environ, "PYTHONPATH": str(project), "MLCBUILD_STORE": str(store), "TVM_NUM_THREADS": "2"}
-    done = subprocess.run(
-        [sys.executable, "-m", "doit", *args], cwd=project, env=environment, capture_output=True, text=True, check=False
-    )
+    """What a doit that must succeed prints."""
+    done = run_doit(project, store, *args)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
