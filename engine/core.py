@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from engine.sampling.grammar import Grammar
+
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -48,6 +50,7 @@ class SamplingParams:
     stop              end with "stop" before any of these strings appears in the text
     stop_token_ids    end with "stop" at these tokens, besides those of the model
     ignore_eos        go on after the model's own end tokens
+    grammar           what the reply must be, and where it ends; from engine.sampling.grammar
     """
 
     temperature: float = 1.0
@@ -58,6 +61,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True)

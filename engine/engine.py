@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.core import Batch, Limits, Output, Request, Stats
-from engine.errors import EngineError
+from engine.errors import EngineError, InvalidRequest
 from engine.progress import Progress
 from engine.request import get_max_tokens
 from engine.runtime.executor import Executor
@@ -107,7 +107,7 @@ class Engine:
         for row, chunk in enumerate(c for c in chunks if c.samples):
             progress = self._requests[chunk.sequence.request_id]
             try:
-                picked.append(pick_token(logits[row], progress.request.params, progress.generator))
+                picked.append(pick_token(progress.constrain(logits[row]), progress.request.params, progress.generator))
             except Exception as error:
                 picked.append(error)
         return picked
@@ -126,6 +126,8 @@ class Engine:
             if isinstance(token, Exception):
                 raise token
             output = progress.accept(token, now)
+        except InvalidRequest as invalid:  # a grammar that cannot be followed any further
+            return progress.end("error", invalid)
         except Exception:
             _log.exception("request %s has failed", progress.request.request_id)
             error = EngineError("this request failed inside the engine", hint="send it again; the log says why")

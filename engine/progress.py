@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
+from numpy.typing import NDArray
+
 from engine.core import FinishReason, Output, Request, Usage
 from engine.errors import EngineError
 from engine.sampling.sampler import make_generator
@@ -18,6 +21,7 @@ class Progress:
         self.request = request
         self.sequence = Sequence(request.request_id, request.prompt_tokens)
         self.generator = make_generator(params)
+        self._constraint = None if params.grammar is None else params.grammar.start()
         self._stream = TextStream(tokenizer.decode, params.stop)
         self._end_tokens = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
@@ -37,8 +41,14 @@ class Progress:
         """The first tokens are about to run."""
         self._started = now
 
+    def constrain(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Logits [vocab] without the tokens that the request's grammar forbids here. Raises InvalidRequest."""
+        return logits if self._constraint is None else self._constraint.mask(logits)
+
     def accept(self, token: int, now: float) -> Output:
         """Take the next token; the Output says whether it was the last."""
+        if self._constraint is not None:
+            self._constraint.accept(token)
         self._count += 1
         self._first = now if self._first is None else self._first
         self._latest = now
@@ -49,7 +59,7 @@ class Progress:
         else:
             self.sequence.tokens.append(token)
             text = self._stream.push(token)
-            if self._stream.stopped:
+            if self._stream.stopped or (self._constraint is not None and self._constraint.finished):
                 reason = "stop"
             elif self._count == self._max_tokens:
                 reason = "length"

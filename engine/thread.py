@@ -28,6 +28,7 @@ from engine.core import FinishReason, Limits, Output, Request, SamplingParams, S
 from engine.errors import EngineError, EngineStopped, InvalidRequest, Overloaded
 from engine.reply import AsyncReply, Mailbox, Reply
 from engine.request import check_request
+from engine.sampling.grammar import GrammarCompiler
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -63,6 +64,7 @@ class EngineThread:
             raise engine
         self.limits: Limits = engine.limits
         self.tokenizer: Tokenizer = engine.tokenizer
+        self.grammars = GrammarCompiler(engine.tokenizer)
         self._capacity = engine.limits.max_batch + queue_limit
         self._get_stats = engine.get_stats
         atexit.register(self.close)  # a daemon thread must not be inside TVM while the interpreter ends

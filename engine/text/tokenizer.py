@@ -32,6 +32,11 @@ class Tokenizer:
         self.template = template
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
 
+    @property
+    def backend(self) -> tokenizers.Tokenizer:
+        """The tokenizers library's object, for reading only."""
+        return self._backend
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Tokens of `text`, with the model's own beginning (such as BOS) unless told otherwise.
 
