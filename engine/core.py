@@ -98,6 +98,7 @@ class Batch:
 class Usage:
     """What one request took. Times in seconds; None until there is something to measure.
 
+    `cached_tokens`: those of the prompt whose keys and values were in the prefix cache, so that they did not run.
     `queued`: arrival to first computed. `ttft`: arrival to first token. `decoding`: first to latest token.
     """
 
@@ -106,6 +107,7 @@ class Usage:
     queued: float | None = None
     ttft: float | None = None
     decoding: float | None = None
+    cached_tokens: int = 0
 
     @property
     def total_tokens(self) -> int:
@@ -149,7 +151,11 @@ def join_outputs(first: Output, second: Output) -> Output:
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """The engine at one moment, and its counters since start."""
+    """The engine at one moment, and its counters since start.
+
+    `free_pages`: pages that no sequence has; `cached_pages` of them hold what the prefix cache remembers. Of all
+    `prompt_tokens`, `cached_tokens` were found there. `evictions`: pages that it had to forget.
+    """
 
     running: int
     waiting: int
@@ -158,3 +164,6 @@ class Stats:
     prompt_tokens: int
     completion_tokens: int
     preemptions: int
+    cached_pages: int
+    cached_tokens: int
+    evictions: int

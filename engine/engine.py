@@ -31,19 +31,26 @@ class Engine:
     """Generates for many requests at once. Everything but `get_stats` belongs to one thread (see engine/thread.py).
 
     A failure inside one sequence (unusable logits, text that cannot be decoded) ends that sequence with an error;
-    an exception of the executor comes out of `step`, and the engine is then of no more use.
+    an exception of the executor comes out of `step`, and the engine is then of no more use. `prefix_cache`: whether
+    requests read the pages of earlier ones that begin alike; it never changes what they say.
     """
 
     def __init__(
-        self, executor: Executor, tokenizer: Tokenizer, *, clock: Callable[[], float] = time.monotonic
+        self,
+        executor: Executor,
+        tokenizer: Tokenizer,
+        *,
+        prefix_cache: bool = True,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._executor = executor
         self.tokenizer = tokenizer
         self.limits: Limits = executor.limits
-        self._scheduler = Scheduler(self.limits)
+        self._scheduler = Scheduler(self.limits, prefix_cache=prefix_cache)
         self._clock = clock
         self._requests: dict[str, Progress] = {}
         self._prompt_tokens = 0
+        self._cached_tokens = 0
         self._completion_tokens = 0
 
     @property
@@ -79,6 +86,9 @@ class Engine:
             prompt_tokens=self._prompt_tokens,
             completion_tokens=self._completion_tokens,
             preemptions=self._scheduler.preemptions,
+            cached_pages=self._scheduler.num_cached_pages,
+            cached_tokens=self._cached_tokens,
+            evictions=self._scheduler.evictions,
         )
 
     def close(self) -> None:
@@ -93,6 +103,7 @@ class Engine:
             if not progress.started:
                 progress.start(now)
                 self._prompt_tokens += len(progress.request.prompt_tokens)
+                self._cached_tokens += chunk.sequence.cached or 0
         return chunks
 
     def _run(self, chunks: Sequence[Chunk]) -> NDArray[np.float32]:

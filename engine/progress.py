@@ -83,4 +83,5 @@ class Progress:
             queued=since(arrival, self._started),
             ttft=since(arrival, self._first),
             decoding=since(self._first, self._latest) if self._count > 1 else None,
+            cached_tokens=self.sequence.cached or 0,
         )

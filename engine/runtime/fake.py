@@ -27,8 +27,8 @@ DEFAULT_LIMITS = Limits(context_window=256, prefill_chunk=32, max_batch=4, page_
 class FakeExecutor:
     """See engine.runtime.executor.Executor. Raises ValueError for a batch that breaks the rules of engine.core.Batch.
 
-    `model` may raise or sleep to play a failing or slow machine. Sequences may share pages only after `copy_page` has
-    been called: that is how forks begin, and a page that is being written must even then be in one row only.
+    `model` may raise or sleep to play a failing or slow machine. Sequences may share pages, but a page that is being
+    written must be in one row only.
     """
 
     def __init__(self, limits: Limits = DEFAULT_LIMITS, model: Model | None = None) -> None:
@@ -38,7 +38,6 @@ class FakeExecutor:
         self._model = model or make_hash_model(limits.vocab_size)
         self._tokens = np.full((limits.num_pages, limits.page_size), UNWRITTEN, np.int32)
         self._positions = np.full((limits.num_pages, limits.page_size), UNWRITTEN, np.int32)
-        self._forked = False
 
     def run(self, batch: Batch) -> NDArray[np.float32]:
         """Logits [len(logit_rows), vocab] of `model` after each wanted token."""
@@ -55,10 +54,9 @@ class FakeExecutor:
         return logits
 
     def copy_page(self, source: int, destination: int) -> None:
-        """Copy tokens and positions; from now on pages may be shared for reading."""
+        """Copy tokens and positions."""
         self._tokens[destination] = self._tokens[source]
         self._positions[destination] = self._positions[source]
-        self._forked = True
 
     def close(self) -> None:
         """No batch is taken any more."""
@@ -84,7 +82,7 @@ class FakeExecutor:
         _check(bool((steps[same] == 1).all()), "positions of a sequence are not contiguous")
 
     def _check_sharing(self, batch: Batch) -> None:
-        """Every page is in one row, or, after a fork, in one row if it is written now."""
+        """Every page that is written now is in one row."""
         used: list[set[int]] = []
         written: list[set[int]] = []
         for row in range(len(batch.page_table)):
@@ -95,7 +93,7 @@ class FakeExecutor:
             _check(len(set(pages)) == len(pages), f"row {row} has a page twice")
             used.append(set(pages))
             written.append(set(pages[first:]))
-        for row, mine in enumerate(written if self._forked else used):
+        for row, mine in enumerate(written):
             others = set[int]().union(*used[:row], *used[row + 1 :])
             _check(not mine & others, f"pages {sorted(mine & others)} of row {row} are in another row too")
 

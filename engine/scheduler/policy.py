@@ -4,6 +4,9 @@ First come, first served, in all things: waiting sequences start in order of arr
 when a running one needs a page and none is free, the youngest gives its pages back and is computed anew later. So the
 oldest always moves on, and everything ends. Decoding sequences go first into each batch, prompts fill what is left:
 a long prompt delays the others by one chunk at most.
+
+Full pages go into the prefix cache as soon as they are computed, and a sequence starts with the pages that the cache
+has of it. What is preempted or finished leaves its pages there, so coming back costs little as long as pages last.
 """
 
 from __future__ import annotations
@@ -14,18 +17,25 @@ from dataclasses import dataclass
 
 from engine.core import Limits
 from engine.scheduler.blocks import PageAllocator
+from engine.scheduler.prefix import Node, PrefixCache
 
 
 class Sequence:
-    """The tokens of one request so far, and how many of them have their keys and values in `pages`."""
+    """The tokens of one request so far, and how many of them have their keys and values in `pages`.
 
-    __slots__ = ("computed", "pages", "request_id", "tokens")
+    The first pages are those of `nodes`, shared through the prefix cache; the others are its own. `cached`: tokens
+    that the cache had when the sequence first started.
+    """
+
+    __slots__ = ("cached", "computed", "nodes", "pages", "request_id", "tokens")
 
     def __init__(self, request_id: str, tokens: Iterable[int]) -> None:
         self.request_id = request_id
         self.tokens = list(tokens)
         self.pages: list[int] = []
+        self.nodes: list[Node] = []
         self.computed = 0
+        self.cached: int | None = None
 
     @property
     def pending(self) -> int:
@@ -44,12 +54,16 @@ class Chunk:
 
 
 class Scheduler:
-    """Sequences that wait and run, and their pages. Every sequence must fit the cache when alone (`max_length`)."""
+    """Sequences that wait and run, and their pages. Every sequence must fit the cache when alone (`max_length`).
 
-    def __init__(self, limits: Limits) -> None:
+    `prefix_cache`: whether pages outlive their sequence, to be read by others that begin alike.
+    """
+
+    def __init__(self, limits: Limits, *, prefix_cache: bool = True) -> None:
         self._limits = limits
         self._max_running = min(limits.max_batch, limits.prefill_chunk)  # so that each can have a token per batch
         self._allocator = PageAllocator(limits.num_pages)
+        self._cache = PrefixCache(self._allocator, limits.page_size, enabled=prefix_cache)
         self._waiting: deque[Sequence] = deque()  # both in order of arrival; all that run came before all that wait
         self._running: list[Sequence] = []
         self.preemptions = 0
@@ -66,15 +80,25 @@ class Scheduler:
 
     @property
     def num_free_pages(self) -> int:
-        """Pages that no sequence has."""
-        return self._allocator.num_free
+        """Pages that no sequence has; those that only the prefix cache keeps are among them."""
+        return self._allocator.num_free + self._cache.num_unread
+
+    @property
+    def num_cached_pages(self) -> int:
+        """Pages that no sequence has but that the prefix cache keeps."""
+        return self._cache.num_unread
+
+    @property
+    def evictions(self) -> int:
+        """Pages that the prefix cache has had to forget since the start."""
+        return self._cache.evictions
 
     def add(self, sequence: Sequence) -> None:
         """Put a new sequence at the end of the queue."""
         self._waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Forget a sequence, finished or aborted; its pages are free at once."""
+        """Forget a sequence, finished or aborted; its pages are free, or the prefix cache's, at once."""
         if sequence in self._running:
             self._running.remove(sequence)
             self._release(sequence)
@@ -97,16 +121,25 @@ class Scheduler:
         return sorted(chunks, key=lambda c: c.count > 1)
 
     def advance(self, chunk: Chunk) -> None:
-        """Record that a chunk has run."""
-        chunk.sequence.computed += chunk.count
+        """Record that a chunk has run. Pages that it has filled are the prefix cache's from now on."""
+        sequence, size = chunk.sequence, self._limits.page_size
+        sequence.computed += chunk.count
+        for index in range(len(sequence.nodes), sequence.computed // size):
+            above = sequence.nodes[-1] if sequence.nodes else None
+            tokens = sequence.tokens[index * size : (index + 1) * size]
+            node = self._cache.insert(above, tokens, sequence.pages[index])
+            if node is None:
+                return
+            sequence.nodes.append(node)
+            sequence.pages[index] = node.page
 
     def _grow(self) -> None:
         """Give every running sequence the pages for its tokens, oldest first, preempting the youngest if it must."""
         for sequence in list(self._running):
-            while sequence.pages and self._missing(sequence) > self._allocator.num_free:
+            while sequence.pages and self._missing(sequence) > self.num_free_pages:
                 self._preempt()
             if sequence.pages and (missing := self._missing(sequence)):
-                sequence.pages += self._allocator.allocate(missing, sequence.pages[-1])
+                sequence.pages += self._take(missing, sequence.pages[-1])
 
     def _admit(self) -> Sequence | None:
         """Start the first waiting sequence if there is a place and all pages for it.
@@ -115,13 +148,26 @@ class Scheduler:
         """
         if not self._waiting or len(self._running) == self._max_running:
             return None
-        missing = self._missing(self._waiting[0])
-        if missing + len(self._running) > self._allocator.num_free:
+        sequence = self._waiting[0]
+        nodes = self._cache.find(sequence.tokens, len(sequence.tokens) - 1)  # the last token must run
+        missing = self._missing(sequence) - len(nodes)
+        coming = sum(not node.readers for node in nodes)  # free as long as they are not read
+        if missing + coming + len(self._running) > self.num_free_pages:
             return None
-        sequence = self._waiting.popleft()
-        sequence.pages = self._allocator.allocate(missing)
-        self._running.append(sequence)
+        self._cache.hold(nodes)
+        sequence.nodes = nodes
+        sequence.pages = [node.page for node in nodes]
+        sequence.pages += self._take(missing, sequence.pages[-1] if nodes else None)
+        sequence.computed = len(nodes) * self._limits.page_size
+        sequence.cached = sequence.computed if sequence.cached is None else sequence.cached
+        self._running.append(self._waiting.popleft())
         return sequence
+
+    def _take(self, count: int, after: int | None) -> list[int]:
+        """New pages, from what the prefix cache keeps when there are no others."""
+        if count > self._allocator.num_free:
+            self._cache.evict(count - self._allocator.num_free)
+        return self._allocator.allocate(count, after)
 
     def _preempt(self) -> None:
         """Put the youngest running sequence back to the head of the queue, to be computed anew."""
@@ -131,8 +177,9 @@ class Scheduler:
         self.preemptions += 1
 
     def _release(self, sequence: Sequence) -> None:
-        self._allocator.free(sequence.pages)
-        sequence.pages = []
+        self._allocator.free(sequence.pages[len(sequence.nodes) :])
+        self._cache.leave(sequence.nodes)
+        sequence.pages, sequence.nodes = [], []
         sequence.computed = 0
 
     def _missing(self, sequence: Sequence) -> int:
