@@ -140,11 +140,11 @@ def test_a_family_is_two_files_and_a_yaml(project, store):
 
 def test_a_quantization_is_one_yaml(project, store):
     recipe = (project / "recipes" / "quantizations" / "q4f32_1.yaml").read_text()
-    (project / "recipes" / "quantizations" / "q4g64.yaml").write_text(
+    (project / "recipes" / "quantizations" / "w4g64.yaml").write_text(
         recipe.replace("group_size: 32", "group_size: 64")
     )
-    doit(project, store, "build", "quantization=q4g64", "target=x86-64-v3")
-    assert load_record(project, "tiny-q4g64")["quality"]["kl"] > 0
+    doit(project, store, "build", "quantization=w4g64", "target=x86-64-v3")
+    assert load_record(project, "tiny-w4g64")["quality"]["kl"] > 0
 
 
 def test_a_method_is_two_files_and_a_yaml(project, store):
