@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from engine.errors import EngineError
@@ -45,6 +46,12 @@ class SamplingParams:
     temperature       0 = the likeliest token, always; ties go to the smaller id
     top_p             keep the likeliest tokens until their probabilities sum to this; 1 = keep all
     top_k             keep this many of the likeliest tokens; 0 = keep all
+    min_p             keep tokens of at least this times the likeliest one's probability; 0 = keep all
+    typical_p         keep the tokens nearest to the expected surprise until they sum to this; 1 = keep all
+    repetition_penalty  above 1 makes every token of prompt and reply less likely; 1 = off
+    presence_penalty    taken from the logits of tokens that the reply has
+    frequency_penalty   the same, once for each time
+    logit_bias        token id -> added to its logit; -100 bans it, 100 all but forces it
     seed              same seed, package and request = same tokens, whatever else is running; None = from the system
     max_tokens        end with "length" after so many tokens; None = what the context still holds
     stop              end with "stop" before any of these strings appears in the text
@@ -62,6 +69,12 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     grammar: Grammar | None = None
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

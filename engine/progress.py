@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from engine.core import FinishReason, Output, Request, Usage
 from engine.errors import EngineError
+from engine.sampling.penalties import Penalties
 from engine.sampling.sampler import make_generator
 from engine.scheduler.policy import Sequence
 from engine.text.stream import TextStream
@@ -21,6 +22,7 @@ class Progress:
         self.request = request
         self.sequence = Sequence(request.request_id, request.prompt_tokens)
         self.generator = make_generator(params)
+        self._penalties = Penalties(params, request.prompt_tokens)
         self._constraint = None if params.grammar is None else params.grammar.start()
         self._stream = TextStream(tokenizer.decode, params.stop)
         self._end_tokens = frozenset(params.stop_token_ids)
@@ -42,7 +44,11 @@ class Progress:
         self._started = now
 
     def constrain(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Logits [vocab] without the tokens that the request's grammar forbids here. Raises InvalidRequest."""
+        """Logits [vocab] after logit_bias and penalties, without the tokens that the request's grammar forbids here.
+
+        Raises InvalidRequest when the grammar allows none.
+        """
+        logits = self._penalties.apply(logits)
         return logits if self._constraint is None else self._constraint.mask(logits)
 
     def accept(self, token: int, now: float) -> Output:
@@ -58,6 +64,7 @@ class Progress:
             reason = "stop"
         else:
             self.sequence.tokens.append(token)
+            self._penalties.accept(token)
             text = self._stream.push(token)
             if self._stream.stopped or (self._constraint is not None and self._constraint.finished):
                 reason = "stop"

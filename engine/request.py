@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 from engine.core import Limits, Request, SamplingParams
 from engine.errors import InvalidRequest
 
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
+MAX_STOP_TOKENS = 256
+MAX_BIASES = 1024
 
 
 def check_request(request: Request, limits: Limits) -> None:
@@ -47,6 +50,11 @@ def _check_params(params: SamplingParams, limits: Limits) -> None:
         ("temperature", 0 <= params.temperature <= 2, "between 0 and 2"),
         ("top_p", 0 < params.top_p <= 1, "above 0 and at most 1"),
         ("top_k", params.top_k >= 0, "0 (off) or more"),
+        ("min_p", 0 <= params.min_p <= 1, "between 0 (off) and 1"),
+        ("typical_p", 0 < params.typical_p <= 1, "above 0 and at most 1 (off)"),
+        ("repetition_penalty", 0.01 <= params.repetition_penalty <= 100, "between 0.01 and 100; 1 is off"),
+        ("presence_penalty", -2 <= params.presence_penalty <= 2, "between -2 and 2"),
+        ("frequency_penalty", -2 <= params.frequency_penalty <= 2, "between -2 and 2"),
         ("max_tokens", params.max_tokens is None or params.max_tokens >= 1, "1 or more"),
         ("seed", params.seed is None or -(2**63) <= params.seed < 2**64, "a 64-bit integer"),
     )
@@ -60,9 +68,20 @@ def _check_params(params: SamplingParams, limits: Limits) -> None:
             hint="send fewer or shorter ones",
             param="stop",
         )
-    if any(not 0 <= t < limits.vocab_size for t in params.stop_token_ids):
+    _check_tokens("stop_token_ids", params.stop_token_ids, MAX_STOP_TOKENS, limits)
+    _check_tokens("logit_bias", params.logit_bias, MAX_BIASES, limits)
+    if any(not -100 <= bias <= 100 for bias in params.logit_bias.values()):
         raise InvalidRequest(
-            "stop_token_ids holds a token outside of the vocabulary",
+            "logit_bias holds a bias that is out of range", hint="it must be between -100 and 100", param="logit_bias"
+        )
+
+
+def _check_tokens(name: str, tokens: Collection[int], most: int, limits: Limits) -> None:
+    if len(tokens) > most:
+        raise InvalidRequest(f"{name} holds {len(tokens)} tokens", hint=f"it takes at most {most}", param=name)
+    if any(not 0 <= t < limits.vocab_size for t in tokens):
+        raise InvalidRequest(
+            f"{name} holds a token outside of the vocabulary",
             hint=f"it must be 0 to {limits.vocab_size - 1}",
-            param="stop_token_ids",
+            param=name,
         )

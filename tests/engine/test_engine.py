@@ -145,6 +145,26 @@ def test_context_overflow_names_both_numbers() -> None:
             {"stop_token_ids": (258,)},
             "stop_token_ids holds a token outside of the vocabulary\n  hint: it must be 0 to 257",
         ),
+        ((1,), {"stop_token_ids": (1,) * 257}, "stop_token_ids holds 257 tokens\n  hint: it takes at most 256"),
+        ((1,), {"min_p": 1.5}, "min_p is 1.5\n  hint: it must be between 0 (off) and 1"),
+        ((1,), {"typical_p": 0.0}, "typical_p is 0.0\n  hint: it must be above 0 and at most 1 (off)"),
+        (
+            (1,),
+            {"repetition_penalty": 0.0},
+            "repetition_penalty is 0.0\n  hint: it must be between 0.01 and 100; 1 is off",
+        ),
+        ((1,), {"presence_penalty": 2.1}, "presence_penalty is 2.1\n  hint: it must be between -2 and 2"),
+        ((1,), {"frequency_penalty": -3}, "frequency_penalty is -3\n  hint: it must be between -2 and 2"),
+        (
+            (1,),
+            {"logit_bias": {-1: 1}},
+            "logit_bias holds a token outside of the vocabulary\n  hint: it must be 0 to 257",
+        ),
+        (
+            (1,),
+            {"logit_bias": {1: float("nan")}},
+            "logit_bias holds a bias that is out of range\n  hint: it must be between -100 and 100",
+        ),
     ],
 )
 def test_what_can_never_succeed_is_refused(prompt: object, params: dict, message: str) -> None:

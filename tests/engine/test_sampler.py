@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.core import SamplingParams
+from engine.sampling.cuts import cut_min_p, cut_top_k, cut_top_p, cut_typical
 from engine.sampling.sampler import make_generator, pick_token
 
 
@@ -17,15 +18,40 @@ def draw(logits: np.ndarray, count: int, **params: object) -> list[int]:
     return [pick_token(logits, settings_, generator) for _ in range(count)]
 
 
-def make_reference(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:
+def make_reference(logits: np.ndarray, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, typical_p=1.0) -> np.ndarray:
     """Probabilities, in float64 with full sorts."""
     weights = np.exp((logits.astype(np.float64) - logits.max()) / temperature)
     order = np.argsort(-logits, kind="stable")
     if top_k:
         weights[order[top_k:]] = 0
-    sums = np.cumsum(weights[order]) / weights.sum()
-    weights[order[int(np.searchsorted(sums, top_p - 1e-9)) + 1 :]] = 0
+    keep_mass(weights, order, top_p)
+    weights[weights < min_p * weights.max()] = 0
+    share = weights / weights.sum()
+    surprisal = -np.log(np.where(share > 0, share, 1))
+    distance = np.where(share > 0, np.abs(surprisal - share @ surprisal), np.inf)
+    keep_mass(weights, np.argsort(distance, kind="stable"), typical_p)
     return weights / weights.sum()
+
+
+def keep_mass(weights: np.ndarray, order: np.ndarray, mass: float) -> None:
+    if mass < 1:
+        sums = np.cumsum(weights[order]) / weights.sum()
+        weights[order[int(np.searchsorted(sums, mass - 1e-9)) + 1 :]] = 0
+
+
+def check_chi_squared(tokens: list[int], wanted: np.ndarray) -> None:
+    """Fails for what happens by chance once in a million; tokens that are expected less than 5 times count as one."""
+    found = np.bincount(tokens, minlength=len(wanted)).astype(float)
+    assert set(np.flatnonzero(found)) <= set(np.flatnonzero(wanted))
+    expected = wanted * len(tokens)
+    rare = expected < 5
+    pairs = [*zip(found[~rare], expected[~rare], strict=True)]
+    if expected[rare].sum() >= 1:
+        pairs.append((found[rare].sum(), expected[rare].sum()))
+    freedom = len(pairs) - 1
+    if freedom:
+        limit = freedom * (1 - 2 / (9 * freedom) + 4.75 * np.sqrt(2 / (9 * freedom))) ** 3  # Wilson and Hilferty
+        assert sum((f - e) ** 2 / e for f, e in pairs) < limit
 
 
 def test_greedy_takes_the_first_of_the_best() -> None:
@@ -37,25 +63,56 @@ def test_greedy_takes_the_first_of_the_best() -> None:
 
 @pytest.mark.parametrize("size", [7, 512, 1500])
 @pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.7, 5, 1.0), (1.3, 0, 0.8), (1.0, 6, 0.6)]
+    "params",
+    [
+        {},
+        {"temperature": 0.7, "top_k": 5},
+        {"temperature": 1.3, "top_p": 0.8},
+        {"top_k": 6, "top_p": 0.6},
+        {"min_p": 0.1},
+        {"temperature": 2.0, "min_p": 0.02, "top_p": 0.9},
+        {"typical_p": 0.5},
+        {"temperature": 1.5, "typical_p": 0.9, "top_k": 300, "top_p": 0.95, "min_p": 0.001},
+    ],
+    ids=str,
 )
-def test_frequencies(size: int, temperature: float, top_k: int, top_p: float) -> None:
+def test_frequencies(size: int, params: dict) -> None:
     logits = (np.random.default_rng(size).standard_normal(size) * 3).astype(np.float32)
-    count = 6_000
-    tokens = draw(logits, count, temperature=temperature, top_k=top_k, top_p=top_p, seed=3)
-    found = np.bincount(tokens, minlength=size) / count
-    wanted = make_reference(logits, temperature, top_k, top_p)
-    assert set(np.flatnonzero(found)) <= set(np.flatnonzero(wanted))
-    assert np.abs(found - wanted).max() < 5 * np.sqrt(0.25 / count)
-    assert np.abs(found - wanted).sum() < 2 * np.sqrt(np.count_nonzero(wanted) / count)
+    check_chi_squared(draw(logits, 3_000, seed=3, **params), make_reference(logits, **params))
 
 
-@given(st.integers(0, 2**32), st.integers(1, 3000), st.floats(0.1, 8), st.integers(0, 3000), st.floats(0.01, 1))
-@settings(max_examples=60, deadline=None)
-def test_only_kept_tokens(seed: int, size: int, scale: float, top_k: int, top_p: float) -> None:
+@given(st.integers(0, 2**32), st.integers(1, 20_000), st.floats(0.01, 8), st.floats(0.01, 0.999))
+@settings(max_examples=80, deadline=None)
+def test_cuts_keep_what_full_sorts_keep(seed: int, size: int, scale: float, mass: float) -> None:
+    """But for what rounding to float32 moves over the edge."""
     logits = (np.random.default_rng(seed).standard_normal(size) * scale).astype(np.float32)
-    wanted = make_reference(logits, 1.0, top_k if top_k < size else 0, min(1.0, top_p + 1e-5))
-    assert all(wanted[t] > 0 for t in draw(logits, 5, top_k=top_k, top_p=top_p, seed=seed))
+    weights = np.exp(logits - logits.max())
+    for cut, name in ((cut_top_p, "top_p"), (cut_typical, "typical_p")):
+        kept = set(cut(weights, mass))
+        few, many = (make_reference(logits, **{name: mass + d}) for d in (-2e-5, 2e-5))
+        low, high = np.count_nonzero(few), np.count_nonzero(many)
+        assert low <= len(kept) <= high or mass > 0.998
+        assert len(kept - set(np.flatnonzero(many))) <= (0 if name == "top_p" else 2)
+    assert set(cut_min_p(weights, mass)) == set(np.flatnonzero(weights >= np.float32(mass)))
+    count = 1 + int(mass * (size - 1))
+    assert set(cut_top_k(weights, count)) == set(np.argsort(-weights, kind="stable")[:count])
+
+
+def test_cuts_of_equal_weights() -> None:
+    for size in (128, 8192):
+        weights = np.ones(size, np.float32)
+        assert cut_top_p(weights, 0.5).tolist() == cut_typical(weights, 0.5).tolist() == list(range(size // 2))
+        assert len(cut_min_p(weights, 1.0)) == size
+    one = np.array([0, 1, 0], np.float32)
+    assert cut_top_p(one, 0.9).tolist() == cut_typical(one, 0.9).tolist() == cut_min_p(one, 0.5).tolist() == [1]
+
+
+def test_typical_by_hand() -> None:
+    """Probabilities 0.5, 0.3, 0.2: the entropy is 1.0297, and the surprisals are 0.6931, 1.2040 and 1.6094."""
+    weights = np.array([0.5, 0.3, 0.2], np.float32)
+    assert cut_typical(weights, 0.2).tolist() == cut_typical(weights, 0.3).tolist() == [1]
+    assert cut_typical(weights, 0.31).tolist() == cut_typical(weights, 0.79).tolist() == [0, 1]
+    assert cut_typical(weights, 0.81).tolist() == [0, 1, 2]
 
 
 def test_equal_logits_at_the_cut_go_to_the_smaller_ids() -> None:

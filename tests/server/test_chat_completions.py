@@ -8,7 +8,10 @@ import json
 import httpx
 import openai
 import pytest
+from fake_models import ROOT
 from running import Running
+
+from engine.text.tokenizer import load_tokenizer
 
 WEATHER = {
     "type": "function",
@@ -82,6 +85,30 @@ def test_seed(client: openai.OpenAI) -> None:
     assert len(greedy) == 1
     narrow = {ask(client, "random", temperature=1.0, extra_body={"top_k": 1}).choices[0].message.content for _ in "ab"}
     assert narrow == greedy
+
+
+def test_sampling_fields(client: openai.OpenAI) -> None:
+    """Of 26 equally likely letters: one is forced; penalties forbid that any comes twice."""
+    letter = {str(client_token("q")): 20}
+    assert ask(client, "random", temperature=1.0, logit_bias=letter).choices[0].message.content == "q" * 12
+    fields: dict
+    for fields in (
+        {"presence_penalty": 2.0, "temperature": 0},
+        {"frequency_penalty": 2.0, "temperature": 0},
+        {"extra_body": {"repetition_penalty": 2.0}, "temperature": 0},
+    ):
+        assert len(set(ask(client, "random", **fields).choices[0].message.content)) == 12
+    ends = {"extra_body": {"stop_token_ids": [client_token("a")]}, "temperature": 0}
+    assert ask(client, "random", **ends).choices[0].message.content == ""
+    long = ask(client, "hi", max_tokens=30, extra_body={"ignore_eos": True})
+    assert (long.usage.completion_tokens, long.choices[0].finish_reason) == (30, "length")
+    narrow = {"min_p": 0.5, "typical_p": 0.9}
+    assert ask(client, "hi", temperature=1, extra_body=narrow).choices[0].message.content == "You said: hi"
+
+
+def client_token(text: str) -> int:
+    (token,) = load_tokenizer(ROOT / "recipes" / "models" / "tiny").encode(text)
+    return token
 
 
 def test_what_the_model_sees(client: openai.OpenAI) -> None:

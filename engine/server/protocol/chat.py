@@ -34,12 +34,6 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "logprobs": (False,),
     "top_logprobs": (0,),
     "prompt_logprobs": (0,),
-    "logit_bias": ({},),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "min_p": (0,),
-    "typical_p": (1,),
     "response_format": ({"type": "text"},),
     "structured_outputs": ({},),
     "guided_json": (),
@@ -59,8 +53,6 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
     "prediction": (),
     "web_search_options": (),
-    "stop_token_ids": ([],),
-    "ignore_eos": (False,),
 }
 
 
@@ -85,6 +77,17 @@ def make_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def make_bias(value: Any) -> Any:
+    """JSON's keys are strings: token ids are read from them."""
+    if not isinstance(value, dict):
+        return value
+    try:
+        return {int(key): bias for key, bias in value.items()}
+    except (TypeError, ValueError):
+        raise PydanticCustomError("invalid_value", 'the keys must be token ids, such as "50256"') from None
+
+
+_BIAS = {"anyOf": [{"type": "object", "additionalProperties": {"type": "number"}}, {"type": "null"}]}
 _TEXT_OR_PARTS = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}, {"type": "null"}]}
 _TEXT_OR_LIST = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}, {"type": "null"}]}
 
@@ -180,9 +183,17 @@ class ChatRequest(BaseModel):
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
+    min_p: float | None = None
+    typical_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: Annotated[dict[int, float] | None, BeforeValidator(make_bias), WithJsonSchema(_BIAS)] = None
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     stop: Annotated[list[str] | None, BeforeValidator(make_list), WithJsonSchema(_TEXT_OR_LIST)] = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
     seed: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None

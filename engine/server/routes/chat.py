@@ -6,6 +6,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import Coroutine
+from dataclasses import replace
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -22,6 +23,10 @@ from engine.server.state import check_model_name, get_model
 router = APIRouter()
 T = TypeVar("T")
 CLIENT_LEFT = 499  # nobody reads it; nginx's number for logs
+SAME = (  # fields of the body that are fields of SamplingParams
+    *("temperature", "top_p", "top_k", "min_p", "typical_p", "logit_bias", "seed", "max_tokens", "ignore_eos"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+)
 ANSWERS: dict[int | str, dict[str, Any]] = {code: {"model": ErrorBody} for code in (400, 404, 429, 500, 503)}
 
 
@@ -67,14 +72,11 @@ def make_prompt(body: ChatRequest, model: LoadedModel) -> list[int]:
 
 def make_params(body: ChatRequest, defaults: SamplingParams) -> SamplingParams:
     """What the request says of sampling, and the model's own defaults for the rest."""
-    return SamplingParams(
-        temperature=defaults.temperature if body.temperature is None else body.temperature,
-        top_p=defaults.top_p if body.top_p is None else body.top_p,
-        top_k=defaults.top_k if body.top_k is None else body.top_k,
-        seed=body.seed,
-        max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
-        stop=tuple(body.stop or ()),
-    )
+    given: dict[str, Any] = {name: value for name in SAME if (value := getattr(body, name)) is not None}
+    given |= {name: tuple(value) for name in ("stop", "stop_token_ids") if (value := getattr(body, name))}
+    if body.max_completion_tokens is not None:
+        given["max_tokens"] = body.max_completion_tokens
+    return replace(defaults, **given)
 
 
 async def run_while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
