@@ -1,20 +1,60 @@
-"""The FastAPI application: the routes, the error bodies, and the model that they serve."""
+"""The FastAPI application: the routes, what every request passes before it reaches them, and the error bodies."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 from fastapi import FastAPI
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 
 from engine.model import LoadedModel
+from engine.server.auth import KeyCheck
 from engine.server.errors import add_error_handlers
+from engine.server.limits import Admission, BodyLimit
 from engine.server.routes import chat, health, models
+from engine.server.routes.page import make_page_router
+from engine.server.settings import ServerSettings, split_list
+from engine.server.trace import RequestId
+
+STATIC = Path(__file__).with_name("static")
 
 
-def make_app(model: LoadedModel) -> FastAPI:
-    """An application that serves `model`. Who loaded the model closes it (see engine/server/serve.py)."""
+def make_app(
+    model: LoadedModel, settings: ServerSettings | None = None, keys: Sequence[str] = (), static: Path = STATIC
+) -> FastAPI:
+    """An application that serves `model` to who has one of `keys`, or to everybody when there are none.
+
+    `static` is the folder of the web page. Who loaded the model closes it (see engine/server/serve.py).
+    """
+    settings = settings or ServerSettings()
     # Without the documentation pages: they load scripts from elsewhere. /openapi.json stays.
-    app = FastAPI(title="mlcbuild", docs_url=None, redoc_url=None)
+    app = FastAPI(title="mlcbuild", docs_url=None, redoc_url=None, middleware=make_middleware(model, settings, keys))
     app.state.model = model
+    app.state.settings = settings
+    app.state.draining = False
     for route in (chat, health, models):
         app.include_router(route.router)
+    app.include_router(make_page_router(static))
     add_error_handlers(app)
     return app
+
+
+def make_middleware(model: LoadedModel, settings: ServerSettings, keys: Sequence[str]) -> list[Middleware]:
+    """The first one sees a request first and its answer last."""
+    origins = split_list(settings.cors)
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=origins,
+        allow_methods=("GET", "POST"),
+        allow_headers=("*",),
+        expose_headers=("X-Request-Id", "Retry-After"),
+    )
+    return [
+        Middleware(RequestId),
+        *([cors] if origins else []),
+        Middleware(KeyCheck, keys=keys),
+        Middleware(Admission, capacity=model.engine.limits.max_batch + settings.max_queue),
+        Middleware(BodyLimit, limit=settings.max_body_bytes),
+    ]

@@ -6,9 +6,13 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
 from engine.errors import EngineError
 from engine.server.protocol.errors import INTERNAL, ErrorBody, make_engine_error, make_error, make_validation_error
+
+RETRY_AFTER = 1  # seconds
+REQUEST_ID = "mlcbuild.request_id"  # where the id of a request is in its ASGI scope
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -19,16 +23,16 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, handle_bug)
 
 
-async def handle_engine_error(_: Request, error: Exception) -> JSONResponse:
+async def handle_engine_error(request: Request, error: Exception) -> JSONResponse:
     """An error of the engine has its own status."""
     assert isinstance(error, EngineError)
-    return _answer(error.status, make_engine_error(error))
+    return _answer(request.scope, error.status, make_engine_error(error))
 
 
-async def handle_validation_error(_: Request, error: Exception) -> JSONResponse:
+async def handle_validation_error(request: Request, error: Exception) -> JSONResponse:
     """A body or parameter of the wrong shape."""
     assert isinstance(error, RequestValidationError)
-    return _answer(400, make_validation_error(error.errors()))
+    return _answer(request.scope, 400, make_validation_error(error.errors()))
 
 
 async def handle_http_error(request: Request, error: Exception) -> JSONResponse:
@@ -38,15 +42,27 @@ async def handle_http_error(request: Request, error: Exception) -> JSONResponse:
         404: f"there is nothing at {request.method} {request.url.path}",
         405: f"{request.method} is not allowed at {request.url.path}",
     }
-    answer = _answer(error.status_code, make_error(texts.get(error.status_code, str(error.detail))))
+    text = texts.get(error.status_code, str(error.detail))
+    answer = _answer(request.scope, error.status_code, make_error(text))
     answer.headers.update(error.headers or {})
     return answer
 
 
-async def handle_bug(_: Request, error: Exception) -> JSONResponse:
+async def handle_bug(request: Request, error: Exception) -> JSONResponse:
     """Our own mistake: it goes to the log with its traceback, and nowhere else."""
-    return _answer(500, make_error(INTERNAL, "server_error"))
+    answer = _answer(request.scope, 500, make_error(INTERNAL, "server_error"))
+    if (name := request.scope.get(REQUEST_ID)) is not None:  # no other middleware sees this answer
+        answer.headers["X-Request-Id"] = name
+    return answer
 
 
-def _answer(status: int, body: ErrorBody) -> JSONResponse:
-    return JSONResponse(body.model_dump(), status_code=status)
+def make_answer(
+    scope: Scope, status: int, message: str, *, kind: str = "invalid_request_error", code: str | None = None
+) -> JSONResponse:
+    """The refusal of a middleware, in the words of the protocol that the path belongs to."""
+    return _answer(scope, status, make_error(message, kind, code=code))
+
+
+def _answer(scope: Scope, status: int, body: ErrorBody) -> JSONResponse:
+    headers = {"Retry-After": str(RETRY_AFTER)} if status in (429, 503) else None
+    return JSONResponse(body.model_dump(), status_code=status, headers=headers)

@@ -1,39 +1,47 @@
 """Runs the server in this process: first the socket, then the model, then uvicorn; ends cleanly when it is told to.
 
-Ctrl-C and SIGTERM end running streams with an error event, close the engine, and return. A second Ctrl-C does not wait
-for clients that no longer read.
+SIGTERM lets running replies go on for `drain_seconds`, while new requests are answered with 503 and /ready says so;
+Ctrl-C, or a second signal, does not wait. Streams that then still run end with an error event, the engine is closed,
+and run_server returns.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
+import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
+from types import FrameType
 
 import uvicorn
 
 from engine.errors import CannotListen
 from engine.model import LoadedModel
 from engine.server.app import make_app
+from engine.server.auth import check_exposure, load_keys
 from engine.server.settings import ServerSettings
 
 BACKLOG = 2048
 GRACE = 3  # seconds that clients have to read the end of their streams
+POLL = 0.05  # seconds
 
 
 def run_server(load: Callable[[], LoadedModel], settings: ServerSettings, say: Callable[[str], None]) -> None:
     """Serve the model that `load` loads until a signal ends it; `say` tells the person at the terminal.
 
-    To be called in the main thread, within engine.interrupts.end_on_signal. Raises CannotListen before anything is
-    loaded, and what `load` raises.
+    To be called in the main thread, within engine.interrupts.end_on_signal. Raises InvalidSetting and CannotListen
+    before anything is loaded, and what `load` raises.
     """
+    keys = load_keys(settings)
+    check_exposure(settings.host, keys)
     with closing(open_socket(settings.host, settings.port)) as listener:
         try:
             model = load()
             with closing(model.engine):
                 say(f"{model.name} ({model.variant}) is served at {get_url(listener)}/v1; Ctrl-C ends it")
-                Server(model).run([listener])
+                Server(model, settings, keys).run([listener])
         except KeyboardInterrupt:  # also how uvicorn hands on the signal that ended it
             say("the server has ended")
 
@@ -67,9 +75,11 @@ def get_url(listener: socket.socket) -> str:
 class Server(uvicorn.Server):
     """uvicorn, which waits for running replies when it shuts down: so the engine is told to end them first."""
 
-    def __init__(self, model: LoadedModel) -> None:
+    def __init__(self, model: LoadedModel, settings: ServerSettings | None = None, keys: Sequence[str] = ()) -> None:
+        settings = settings or ServerSettings()
+        self._app = make_app(model, settings, keys)
         config = uvicorn.Config(
-            make_app(model),
+            self._app,
             lifespan="off",
             ws="none",
             log_config=None,  # warnings and errors go to stderr, as everybody's do
@@ -81,9 +91,22 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         self._engine = model.engine
+        self._drain_seconds = settings.drain_seconds
+        self._patient = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Called for each signal: only the first one, and only if it is SIGTERM, leaves time."""
+        self._patient = sig == signal.SIGTERM and not self.should_exit
+        super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Called by uvicorn once a signal has come."""
+        """Called by uvicorn once a signal has come. It goes on answering until its own shutdown is called."""
+        self._app.state.draining = True
+        if self._patient:
+            close = functools.partial(self._engine.close, drain=True, timeout=self._drain_seconds)
+            draining = asyncio.create_task(asyncio.to_thread(close))
+            while self._patient and not draining.done():
+                await asyncio.sleep(POLL)
         ending = asyncio.create_task(asyncio.to_thread(self._engine.close))
         await super().shutdown(sockets)
         await ending

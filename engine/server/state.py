@@ -1,4 +1,4 @@
-"""What the routes share: the model that the server was started with."""
+"""What the routes share: the model that the server was started with, and its settings."""
 
 from __future__ import annotations
 
@@ -6,12 +6,19 @@ from fastapi import Request
 
 from engine.errors import UnknownModel
 from engine.model import LoadedModel
+from engine.server.settings import ServerSettings
 
 
 def get_model(request: Request) -> LoadedModel:
     """The model of this server; make_app has put it there."""
     model: LoadedModel = request.app.state.model
     return model
+
+
+def get_settings(request: Request) -> ServerSettings:
+    """The settings of this server."""
+    settings: ServerSettings = request.app.state.settings
+    return settings
 
 
 def check_model_name(name: str, model: LoadedModel) -> None:

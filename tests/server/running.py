@@ -8,23 +8,24 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fake_models import ROOT, load_fake
 
 from engine.model import LoadedModel
 from engine.server.serve import Server, get_url, open_socket
+from engine.server.settings import ServerSettings
 
 
 class Running:
     """A server in a thread, its address and its model."""
 
-    def __init__(self, model: LoadedModel) -> None:
+    def __init__(self, model: LoadedModel, settings: ServerSettings | None = None, keys: Sequence[str] = ()) -> None:
         self.model = model
         listener = open_socket("127.0.0.1", 0)
         self.url = get_url(listener)
-        self.server = Server(model)
+        self.server = Server(model, settings, keys)
         self._thread = threading.Thread(target=self.server.run, args=([listener],))
         self._thread.start()
 
@@ -36,8 +37,10 @@ class Running:
 
 
 @contextlib.contextmanager
-def run_fake_server(**options: object) -> Iterator[Running]:
-    running = Running(load_fake(**options))  # type: ignore[arg-type]
+def run_fake_server(
+    settings: ServerSettings | None = None, keys: Sequence[str] = (), **options: object
+) -> Iterator[Running]:
+    running = Running(load_fake(**options), settings, keys)  # type: ignore[arg-type]
     try:
         yield running
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -22,7 +23,7 @@ def test_the_command_line_comes_before_the_environment() -> None:
     ("given", "environment", "text"),
     [
         ({"prot": "1"}, {}, "there is no setting 'prot'\n  hint: did you mean port?"),
-        ({"zzz": "1"}, {}, "there is no setting 'zzz'\n  hint: the settings are: host, port, model_name, max_queue, "),
+        ({"zzz": "1"}, {}, "there is no setting 'zzz'\n  hint: the settings are: settings, host, port, model_name, "),
         ({"port": "http"}, {}, "port=http: not a whole number\n  hint: give a whole number"),
         ({"port": "70000"}, {}, "port=70000: out of range\n  hint: give 0 to 65535"),
         ({}, {"MLCBUILD_PORT": ""}, "MLCBUILD_PORT=: not a whole number\n  hint: give a whole number"),
@@ -33,6 +34,35 @@ def test_mistakes(given: dict[str, str], environment: dict[str, str], text: str)
     with pytest.raises(InvalidSetting) as caught:
         load_settings(ServerSettings, given, environment)
     assert str(caught.value).startswith(text)
+
+
+def test_a_file_comes_last(tmp_path: Path) -> None:
+    path = tmp_path / "server.yaml"
+    path.write_text("port: 1\nhost: localhost\nmax_queue: 3\napi_key: [one-key-12, other-key]\ncors:\n")
+    settings = load_settings(ServerSettings, {"settings": str(path), "max_queue": "5"}, {"MLCBUILD_PORT": "2"})
+    assert (settings.port, settings.host, settings.max_queue) == (2, "localhost", 5)
+    assert (settings.api_key, settings.cors, settings.settings) == ("one-key-12,other-key", "", str(path))
+    assert load_settings(ServerSettings, {}, {"MLCBUILD_SETTINGS": str(path)}).port == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("prot: 1", "there is no setting 'prot' in {path}\n  hint: did you mean port?"),
+        ("settings: other.yaml", "there is no setting 'settings' in {path}\n"),
+        ("port: http", "{path}: port: http: not a whole number\n"),
+        ("- port", "{path}: not a mapping of settings\n  hint: write one `name: value` a line"),
+        ("{", "{path}: not YAML: while parsing a flow node"),
+    ],
+)
+def test_mistakes_in_a_file(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "server.yaml"
+    path.write_text(text)
+    with pytest.raises(InvalidSetting) as caught:
+        load_settings(ServerSettings, {"settings": str(path)}, {})
+    assert str(caught.value).startswith(message.format(path=path))
+    with pytest.raises(InvalidSetting, match="no.yaml: cannot be read: No such file or directory"):
+        load_settings(ServerSettings, {"settings": "no.yaml"}, {})
 
 
 def test_every_setting_is_described() -> None:

@@ -10,6 +10,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
@@ -35,10 +36,12 @@ def start_server(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]
         process.communicate()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ending(number: signal.Signals) -> None:
-    """Exit 0 within seconds, no traceback, and running replies are told."""
-    with start_server() as (process, url):
+@pytest.mark.parametrize(
+    ("number", "patience"), [(signal.SIGINT, "60"), (signal.SIGTERM, "0"), (signal.SIGTERM, "0.5")]
+)
+def test_ending(number: signal.Signals, patience: str) -> None:
+    """Exit 0 within seconds, no traceback, and replies that then still run are told. Ctrl-C does not wait for them."""
+    with start_server(f"drain_seconds={patience}") as (process, url):
         answers: list[httpx.Response] = []
         whole = threading.Thread(target=lambda: answers.append(httpx.post(url + PATH, json=SLOW, timeout=30)))
         whole.start()
@@ -57,6 +60,61 @@ def test_ending(number: signal.Signals) -> None:
     told = {"message": "the server is shutting down", "type": "server_error", "param": None, "code": None}
     assert json.loads(rest[-2].removeprefix("data: ")) == {"error": told}
     assert (answers[0].status_code, answers[0].json()) == (503, {"error": told})
+
+
+def test_draining() -> None:
+    """SIGTERM: running replies are finished, new requests are refused with 503, and then the process is gone."""
+    body = {**SLOW, "max_tokens": 40}
+    with start_server("drain_seconds=30") as (process, url), httpx.Client(base_url=url, timeout=30) as http:
+        answers: list[httpx.Response] = []
+
+        def ask() -> None:
+            answers.append(httpx.post(url + PATH, json=body, timeout=30))
+
+        whole = [threading.Thread(target=ask) for _ in range(3)]
+        for thread in whole:
+            thread.start()
+        with http.stream("POST", PATH, json={**body, "stream": True}) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            time.sleep(0.3)
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.3)
+            assert httpx.get(url + "/health").status_code == 200
+            for refused in (httpx.get(url + "/ready"), httpx.post(url + PATH, json=body)):
+                assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+                assert refused.json()["error"]["message"] == "the engine is shutting down"
+            rest = [line for line in lines if line]
+        for thread in whole:
+            thread.join()
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        assert not children.exists() or children.read_text() == ""
+        output, errors = process.communicate(timeout=20)
+    assert (process.returncode, errors, output) == (0, "", "the server has ended\n")
+    assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+    assert [answer.json()["usage"]["completion_tokens"] for answer in answers] == [40] * 3
+
+
+def test_a_second_signal_does_not_wait() -> None:
+    with start_server("drain_seconds=60") as (process, url):
+        with httpx.stream("POST", url + PATH, json={**SLOW, "stream": True}, timeout=30) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.3)
+            process.send_signal(signal.SIGTERM)
+            sent = time.monotonic()
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+        process.communicate(timeout=20)
+        assert time.monotonic() - sent < 5
+    assert process.returncode == 0
+
+
+def test_an_open_address_without_a_key_is_refused() -> None:
+    process = start_process("serve", "port=0", "host=0.0.0.0", **PIPES)
+    output, errors = process.communicate(timeout=30)
+    assert (process.returncode, output) == (1, "")
+    assert errors.startswith("host=0.0.0.0 lets other machines in, and no API key is set\n")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -97,7 +155,7 @@ def test_a_port_in_use_is_said_before_loading() -> None:
 
 
 def test_an_address_of_nobody() -> None:
-    process = start_process("serve", "port=0", "host=no.such.host.invalid", **PIPES)
+    process = start_process("serve", "port=0", "host=no.such.host.invalid", "api_key=some-key-1", **PIPES)
     output, errors = process.communicate(timeout=30)
     assert (process.returncode, output) == (1, "")
     assert errors.startswith("there is no address 'no.such.host.invalid': ")

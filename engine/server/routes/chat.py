@@ -15,10 +15,11 @@ from engine.core import SamplingParams
 from engine.errors import InvalidRequest
 from engine.model import LoadedModel
 from engine.server.completion import collect, make_completion
+from engine.server.limits import check_prompt_length
 from engine.server.protocol.chat import ChatCompletion, ChatRequest
 from engine.server.protocol.errors import ErrorBody
 from engine.server.sse import ChunkMaker, EventStream, stream_events
-from engine.server.state import check_model_name, get_model
+from engine.server.state import check_model_name, get_model, get_settings
 
 router = APIRouter()
 T = TypeVar("T")
@@ -37,6 +38,7 @@ async def create_chat_completion(
     """Continue a conversation."""
     check_model_name(body.model, model)
     check_supported(body)
+    check_prompt_length(sum(len(m.content or "") for m in body.messages), get_settings(request).max_prompt_chars)
     # Rendering and tokenizing a long conversation takes a while: not on the event loop.
     tokens = await asyncio.to_thread(make_prompt, body, model)
     name, created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
