@@ -6,7 +6,7 @@ from engine import core
 from engine.core import Output
 from engine.errors import EngineError, EngineStopped
 from engine.reply import AsyncReply
-from engine.server.protocol.chat import ChatCompletion, Choice, ReplyMessage, Timings, Usage
+from engine.server.protocol.chat import ChatCompletion, Choice, PromptTokensDetails, ReplyMessage, Timings, Usage
 from engine.server.protocol.errors import ErrorBody, make_engine_error
 
 
@@ -16,6 +16,7 @@ def make_usage(usage: core.Usage) -> Usage:
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,
         total_tokens=usage.total_tokens,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=usage.cached_tokens),
     )
 
 

@@ -36,6 +36,8 @@ def test_whole_reply(client: openai.OpenAI) -> None:
     assert usage.prompt_tokens > 0
     assert usage.completion_tokens > 0
     assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+    assert usage.prompt_tokens_details is not None
+    assert 0 <= usage.prompt_tokens_details.cached_tokens < usage.prompt_tokens
     assert reply.timings["ttft"] > 0
     assert reply.timings["tokens_per_second"] > 0
 

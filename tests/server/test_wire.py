@@ -54,7 +54,7 @@ def test_stream(http: httpx.Client) -> None:
     assert finish["choices"] == [{**head, "delta": {}, "finish_reason": "stop"}]
     assert set(finish["timings"]) == {"ttft", "tokens_per_second"}
     assert usage["choices"] == []
-    assert set(usage["usage"]) == {"prompt_tokens", "completion_tokens", "total_tokens"}
+    assert set(usage["usage"]) == {"prompt_tokens", "completion_tokens", "total_tokens", "prompt_tokens_details"}
     assert all(chunk["usage"] is None for chunk in chunks[:-1])
 
 

@@ -220,12 +220,19 @@ def _asks(value: Any, harmless: tuple[Any, ...] | None) -> bool:
     return not any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in harmless)
 
 
+class PromptTokensDetails(BaseModel):
+    """`cached_tokens` of the prompt were computed for earlier requests that began alike."""
+
+    cached_tokens: int
+
+
 class Usage(BaseModel):
     """Tokens that a request took."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class Timings(BaseModel):

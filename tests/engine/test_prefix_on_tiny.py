@@ -1,0 +1,81 @@
+"""The prefix cache over real kernels: the same tokens with it, without it, and whatever else is in the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from small_engines import make_request, run_all
+
+from engine.artifact import get_cpu_features, open_package
+from engine.core import Output
+from engine.engine import Engine
+from engine.runtime.tvm_executor import TvmExecutor
+from engine.text.tokenizer import load_tokenizer
+
+PACKAGES = Path(__file__).parent.parent.parent / "artifacts" / "packages"
+TURNS = ("Tell me a story about a red ball and a dog.", "And then?", "Who found it in the end?")
+
+
+def find_package() -> Path | None:
+    """A package of tiny that is built and that this machine can run."""
+    features = get_cpu_features() or frozenset()
+    for path in sorted(PACKAGES.glob("tiny-q4f16_1-*")):
+        library = open_package(path).manifest.library
+        if library.kv.kind == "tensor" and features.issuperset(library.requires):
+            return path
+    return None
+
+
+PACKAGE = find_package()
+pytestmark = pytest.mark.skipif(PACKAGE is None, reason="tiny is not built: ./doit build model=tiny")
+
+
+@pytest.fixture(scope="module")
+def executor() -> Iterator[TvmExecutor]:
+    assert PACKAGE is not None
+    executor = TvmExecutor(open_package(PACKAGE))
+    yield executor
+    executor.close()
+
+
+def make_engine(executor: TvmExecutor, prefix_cache: bool) -> Engine:
+    assert PACKAGE is not None
+    return Engine(executor, load_tokenizer(PACKAGE), prefix_cache=prefix_cache)
+
+
+def talk(engine: Engine, seed: int, others: int = 0) -> list[Output]:
+    """The replies of a conversation. Beside every turn run `others`, which begin as it does."""
+    messages: list[dict[str, str]] = []
+    replies = []
+    for text in TURNS:
+        messages.append({"role": "user", "content": text})
+        prompt = engine.tokenizer.encode_chat(messages)
+        for other in range(others):
+            engine.add(make_request(str(other), [*prompt[: 20 + 9 * other], 5 + other], max_tokens=30))
+        engine.add(make_request("turn", prompt, temperature=float(seed % 2), seed=seed, max_tokens=40))
+        replies.append(run_all(engine)["turn"])
+        messages.append({"role": "assistant", "content": replies[-1].text})
+    return replies
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_conversation_is_the_same_with_and_without(executor: TvmExecutor, seed: int) -> None:
+    wanted = talk(make_engine(executor, prefix_cache=False), seed)
+    for others in (0, 3):
+        engine = make_engine(executor, prefix_cache=True)
+        replies = talk(engine, seed, others)
+        assert [r.token_ids for r in replies] == [r.token_ids for r in wanted]
+        assert engine.get_stats().free_pages == executor.limits.num_pages
+    assert [r.usage.cached_tokens for r in wanted] == [0, 0, 0]
+
+
+def test_a_turn_computes_only_what_is_new(executor: TvmExecutor) -> None:
+    engine = make_engine(executor, prefix_cache=True)
+    first, *later = talk(engine, seed=0)
+    assert first.usage.cached_tokens == 0
+    history = first.usage.total_tokens
+    for reply in later:  # all of the earlier turns but for less than one page, and the token that ended them
+        assert history - 17 <= reply.usage.cached_tokens <= history
+        history = reply.usage.total_tokens
