@@ -6,6 +6,7 @@ The last user message decides:
     random              whatever the sampler picks among the letters
     unusable            logits that are not numbers: this request fails
     crash               the executor fails, and the engine with it
+    say ...             the rest of the message, as it is
     prompt              the rendered conversation, as the engine got it; <|im_end|> is <im_end|>
     anything else       "You said: " and the message
 """
@@ -66,6 +67,8 @@ class Parrot:
         if message.startswith("slow"):
             time.sleep(STEP)
             return " again" * (said + 1) * 2
+        if message.startswith("say "):
+            return message[4:]
         return prompt.replace("<|", "<") if message == "prompt" else f"You said: {message}"
 
 

@@ -145,7 +145,6 @@ REFUSED = [
     ({"logprobs": True}, "logprobs", "unsupported_parameter", "'logprobs'"),
     ({"tool_choice": "required"}, "tool_choice", "unsupported_parameter", "'tool_choice'"),
     ({"tool_choice": {"type": "function"}}, "tool_choice", "unsupported_parameter", "'tool_choice'"),
-    ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter", "'response_format'"),
     ({"tools": [{"type": "python"}]}, "tools[0].type", "invalid_value", "input should be 'function'"),
 ]
 

@@ -22,6 +22,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from engine.server.protocol.structured import StructuredFields
+
 # Nothing is converted: "0.5" is not a number, 1 is not true, and NaN is nothing.
 REQUEST = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 MAX_MESSAGES = 2048
@@ -34,14 +36,6 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "logprobs": (False,),
     "top_logprobs": (0,),
     "prompt_logprobs": (0,),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": ({},),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "grammar": ("",),
-    "json_schema": ({},),
     "tool_choice": ("auto", "none"),
     "parallel_tool_calls": (True,),
     "functions": ([],),
@@ -174,7 +168,7 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class ChatRequest(BaseModel):
+class ChatRequest(StructuredFields):
     """The body of POST /v1/chat/completions. The engine checks the ranges of the sampling fields."""
 
     model_config = REQUEST

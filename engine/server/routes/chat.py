@@ -18,6 +18,7 @@ from engine.server.completion import collect, make_completion
 from engine.server.limits import check_prompt_length
 from engine.server.protocol.chat import ChatCompletion, ChatRequest
 from engine.server.protocol.errors import ErrorBody
+from engine.server.protocol.structured import make_output_grammar
 from engine.server.sse import ChunkMaker, EventStream, stream_events
 from engine.server.state import check_model_name, get_model, get_settings
 
@@ -41,8 +42,9 @@ async def create_chat_completion(
     check_prompt_length(sum(len(m.content or "") for m in body.messages), get_settings(request).max_prompt_chars)
     # Rendering and tokenizing a long conversation takes a while: not on the event loop.
     tokens = await asyncio.to_thread(make_prompt, body, model)
+    params = await asyncio.to_thread(make_params, body, model)
     name, created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
-    reply = model.engine.stream(tokens, make_params(body, model.defaults), request_id=name)
+    reply = model.engine.stream(tokens, params, request_id=name)
     if body.stream:
         usage = body.stream_options is not None and body.stream_options.include_usage
         return EventStream(stream_events(reply, ChunkMaker(name, created, model.name, usage)))
@@ -72,13 +74,20 @@ def make_prompt(body: ChatRequest, model: LoadedModel) -> list[int]:
     return model.engine.tokenizer.encode_chat(messages, tools=tools)
 
 
-def make_params(body: ChatRequest, defaults: SamplingParams) -> SamplingParams:
-    """What the request says of sampling, and the model's own defaults for the rest."""
+def make_params(body: ChatRequest, model: LoadedModel) -> SamplingParams:
+    """What the request says of sampling, the model's own defaults for the rest, and the grammar of the reply.
+
+    Compiles that grammar, which may take a while. Raises InvalidRequest when it does not compile.
+    """
     given: dict[str, Any] = {name: value for name in SAME if (value := getattr(body, name)) is not None}
     given |= {name: tuple(value) for name in ("stop", "stop_token_ids") if (value := getattr(body, name))}
     if body.max_completion_tokens is not None:
         given["max_tokens"] = body.max_completion_tokens
-    return replace(defaults, **given)
+    wanted = make_output_grammar(body)
+    if wanted is not None:
+        text, param = wanted
+        given["grammar"] = model.engine.grammars.compile(text, param=param)
+    return replace(model.defaults, **given)
 
 
 async def run_while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
