@@ -1,0 +1,124 @@
+"""What the README promises, with everything real: build tiny, talk to it, serve it, restore it in another checkout."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import openai
+import pytest
+from real_project import copy_project, doit
+
+QUESTION, ANSWER = "What is the capital of France?", "The capital of France is Paris."
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory, store):
+    """A copy of the project with tiny built by the default command."""
+    project = copy_project(tmp_path_factory.mktemp("project"))
+    done = doit(project, store, "build")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert ANSWER in done.stdout
+    return project
+
+
+def get_package(project: Path) -> Path:
+    (package,) = (project / "artifacts" / "packages").glob("tiny-q4f16_1-*")
+    return package
+
+
+def test_the_package_says_what_it_is(project):
+    package = get_package(project)
+    manifest = json.loads((package / "manifest.json").read_text())
+    record = json.loads((package / "record.json").read_text())
+    assert manifest["variant"].startswith("tiny/q4f16_1/")
+    assert set(manifest["actions"]) == {"compile", "convert", "download"}
+    assert record["reply"] == {"prompt": QUESTION, "text": ANSWER}
+    assert record["quality"]["kl"] < 0.03
+    assert record["speed"]["decode"] > 0
+    assert str(project) not in (package / "manifest.json").read_text()
+
+
+def test_a_second_build_is_up_to_date(project, store):
+    done = doit(project, store, "build")
+    assert done.returncode == 0
+    assert done.stdout == f"up to date: 1 package (artifacts/packages/{get_package(project).name})\n"
+
+
+def test_another_checkout_restores_the_same_bytes(project, store, tmp_path):
+    other = copy_project(tmp_path)
+    done = doit(other, store, "build")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "run " not in done.stdout
+    ours, theirs = ((get_package(p) / "manifest.json").read_bytes() for p in (project, other))
+    assert ours == theirs
+
+
+def test_chat_answers_a_pipe(project, store):
+    environment = {**os.environ, "PYTHONPATH": str(project), "MLCBUILD_STORE": str(store), "TVM_NUM_THREADS": "2"}
+    done = subprocess.run(
+        [sys.executable, "-m", "doit", "chat"],
+        cwd=project,
+        env=environment,
+        input=f"{QUESTION}\n/exit\n",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert ANSWER in done.stdout
+
+
+@pytest.fixture
+def server(project, store):
+    """`doit serve` on a free port; the address it prints."""
+    environment = {**os.environ, "PYTHONPATH": str(project), "MLCBUILD_STORE": str(store), "TVM_NUM_THREADS": "2"}
+    command = [sys.executable, "-u", "-m", "doit", "serve", "port=0"]
+    process = subprocess.Popen(
+        command, cwd=project, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    said, start = "", time.monotonic()
+    assert process.stdout is not None
+    while not (found := re.search(r"http://127\.0\.0\.1:\d+", said)):
+        line = process.stdout.readline()
+        assert line, said
+        assert time.monotonic() - start < 120, said
+        said += line
+    yield process, found.group(0)
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def test_serve_answers_the_openai_client_and_ends_on_ctrl_c(server):
+    process, address = server
+    client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", timeout=60, max_retries=0)
+    with client:
+        assert [m.id for m in client.models.list()]
+        messages = [{"role": "user", "content": QUESTION}]
+        whole = client.chat.completions.create(model="tiny", messages=messages, temperature=0)
+        assert whole.choices[0].message.content == ANSWER
+        parts = client.chat.completions.create(model="tiny", messages=messages, temperature=0, stream=True)
+        assert "".join(p.choices[0].delta.content or "" for p in parts if p.choices) == ANSWER
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == 0
+    assert "Traceback" not in process.stdout.read()
+
+
+def test_library_calls_work_too(project):
+    from engine import LLM, SamplingParams
+
+    with LLM(get_package(project)) as llm:
+        reply = llm.chat([{"role": "user", "content": QUESTION}], SamplingParams(temperature=0))
+        assert reply.text == ANSWER
