@@ -168,6 +168,7 @@ class LiveLine:
         """A step begins."""
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+        self.end()  # with -n, several run at once: the newest has the line
         columns = (
             SpinnerColumn(),
             TextColumn("[bold]{task.description}"),

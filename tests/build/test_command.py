@@ -159,6 +159,15 @@ def test_variables_take_lists_and_globs(project: Path) -> None:
     assert doit(project, "build", "quantization=q*").stdout == "up to date: 2 packages (artifacts/packages/...)\n"
 
 
+def test_several_at_once(project: Path) -> None:
+    """-n 2: actions are sent to worker processes, and the reporter hears of all of them."""
+    done = doit(project, "build", "-n", "2", "quantization=*")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sum(line.startswith("run ") for line in done.stdout.splitlines()) == 6
+    assert sorted(take_log(project)) == ["convert 32", "convert 4", "package", "package", "verify", "verify"]
+    assert build(project, "quantization=*") == []
+
+
 @pytest.mark.parametrize(
     ("args", "text"),
     [
