@@ -79,12 +79,18 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One prompt to continue. `arrival` is in seconds of `time.monotonic`."""
+    """One prompt to continue. `arrival` and `deadline` are in seconds of `time.monotonic`.
+
+    `priority`: smaller runs sooner, and takes the place of a running one with a greater number; equal ones run in
+    order of arrival. `deadline`: a reply that has not ended by then ends with DeadlineExceeded.
+    """
 
     request_id: str
     prompt_tokens: tuple[int, ...]
     params: SamplingParams
     arrival: float
+    priority: int = 0
+    deadline: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

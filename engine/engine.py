@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import heapq
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.core import Batch, Limits, Output, Request, Stats
-from engine.errors import EngineError, InvalidRequest
+from engine.errors import DeadlineExceeded, EngineError, InvalidRequest
 from engine.progress import Progress
 from engine.request import get_max_tokens
 from engine.runtime.executor import Executor
@@ -49,6 +50,7 @@ class Engine:
         self._scheduler = Scheduler(self.limits, prefix_cache=prefix_cache)
         self._clock = clock
         self._requests: dict[str, Progress] = {}
+        self._deadlines: list[tuple[float, str]] = []  # a heap; those of requests that have ended may still be in it
         self._prompt_tokens = 0
         self._cached_tokens = 0
         self._completion_tokens = 0
@@ -63,6 +65,8 @@ class Engine:
         progress = Progress(request, self.tokenizer, get_max_tokens(request, self.limits))
         self._requests[request.request_id] = progress
         self._scheduler.add(progress.sequence)
+        if request.deadline is not None:
+            heapq.heappush(self._deadlines, (request.deadline, request.request_id))
 
     def abort(self, request_id: str) -> Output | None:
         """End a request and free its pages now; its last Output, or None when there is no such request."""
@@ -71,10 +75,13 @@ class Engine:
 
     def step(self) -> list[Output]:
         """Run one batch; what the requests in it have gained. Empty while a prompt is longer than one batch."""
+        late = self._end_late() if self._deadlines else []
         chunks = self._schedule()
+        if not chunks:
+            return late
         logits = self._run(chunks)
         tokens = self._sample(chunks, logits)
-        return self._postprocess(chunks, tokens)
+        return late + self._postprocess(chunks, tokens)
 
     def get_stats(self) -> Stats:
         """Gauges and counters of this moment; callable from any thread."""
@@ -94,6 +101,23 @@ class Engine:
     def close(self) -> None:
         """Release the executor."""
         self._executor.close()
+
+    def _end_late(self) -> list[Output]:
+        """End the requests, running or waiting, whose deadline has passed."""
+        now, late = self._clock(), list[Output]()
+        while self._deadlines and self._deadlines[0][0] <= now:
+            deadline, request_id = heapq.heappop(self._deadlines)
+            progress = self._requests.get(request_id)
+            if progress is None or progress.request.deadline != deadline:  # ended, and the id may be in use again
+                continue
+            allowed = deadline - progress.request.arrival
+            error = DeadlineExceeded(
+                f"the reply was not complete after {allowed:g} s, the timeout of this request",
+                hint="allow more time, or ask for fewer tokens",
+                code="timeout",
+            )
+            late.append(self._end(progress, progress.end("error", error)))
+        return late
 
     def _schedule(self) -> list[Chunk]:
         chunks = self._scheduler.schedule()

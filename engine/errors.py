@@ -7,6 +7,7 @@
     ├── UnknownModel            404  a request for a model that is not here
     ├── Overloaded              429  the queue is full; try again later
     ├── EngineStopped           503  the engine is shutting down or has died
+    ├── DeadlineExceeded        504  a reply has taken longer than its request allows
     ├── InvalidSetting               a setting that does not exist or a value that does not fit it
     └── CannotListen                 the server's address is taken or not ours
 
@@ -63,6 +64,12 @@ class EngineStopped(EngineError):
 
     status = 503
     kind = "server_error"
+
+
+class DeadlineExceeded(EngineError):
+    """A reply has taken longer than its request allows."""
+
+    status = 504
 
 
 class InvalidSetting(EngineError):

@@ -20,7 +20,7 @@ class Progress:
     def __init__(self, request: Request, tokenizer: Tokenizer, max_tokens: int) -> None:
         params = request.params
         self.request = request
-        self.sequence = Sequence(request.request_id, request.prompt_tokens)
+        self.sequence = Sequence(request.request_id, request.prompt_tokens, request.priority)
         self.generator = make_generator(params)
         self._penalties = Penalties(params, request.prompt_tokens)
         self._constraint = None if params.grammar is None else params.grammar.start()

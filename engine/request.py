@@ -10,6 +10,7 @@ from engine.errors import InvalidRequest
 
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
+MAX_PRIORITY = 1000
 MAX_STOP_TOKENS = 256
 MAX_BIASES = 1024
 
@@ -18,6 +19,12 @@ def check_request(request: Request, limits: Limits) -> None:
     """Raise InvalidRequest, with the name of the parameter at fault, for what the engine could never do."""
     _check_prompt(request.prompt_tokens, limits)
     _check_params(request.params, limits)
+    if not -MAX_PRIORITY <= request.priority <= MAX_PRIORITY:
+        hint = f"it must be between -{MAX_PRIORITY} and {MAX_PRIORITY}; smaller runs sooner"
+        raise InvalidRequest(f"priority is {request.priority}", hint=hint, param="priority")
+    if request.deadline is not None and not request.arrival < request.deadline < math.inf:
+        timeout = request.deadline - request.arrival
+        raise InvalidRequest(f"timeout is {timeout:g}", hint="it must be seconds, more than 0", param="timeout")
 
 
 def get_max_tokens(request: Request, limits: Limits) -> int:

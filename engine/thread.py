@@ -79,29 +79,45 @@ class EngineThread:
         return self._get_stats()
 
     def generate(
-        self, prompt_tokens: Sequence[int], params: SamplingParams | None = None, *, request_id: str | None = None
+        self,
+        prompt_tokens: Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        timeout: float | None = None,
     ) -> Reply:
         """Submit now, read as an iterator of Output. Closing or dropping the Reply aborts the request.
+
+        `priority`: smaller runs sooner. After `timeout` seconds the reply ends with DeadlineExceeded.
 
         Raises InvalidRequest, Overloaded or EngineStopped at once; later troubles are in the last Output.
         """
         arrived = threading.Event()
-        mailbox = self._submit(prompt_tokens, params, request_id or uuid.uuid4().hex, arrived.set)
+        request = _make_request(prompt_tokens, params, request_id, priority, timeout)
+        mailbox = self._submit(request, arrived.set)
         return Reply(mailbox, arrived, self.abort)
 
     def stream(
-        self, prompt_tokens: Sequence[int], params: SamplingParams | None = None, *, request_id: str | None = None
+        self,
+        prompt_tokens: Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        timeout: float | None = None,
     ) -> AsyncReply:
         """As `generate`, for the running event loop. Cancelling the reading task aborts the request."""
-        loop, arrived, name = asyncio.get_running_loop(), asyncio.Event(), request_id or uuid.uuid4().hex
+        loop, arrived = asyncio.get_running_loop(), asyncio.Event()
+        request = _make_request(prompt_tokens, params, request_id, priority, timeout)
 
         def wake() -> None:
             try:
                 loop.call_soon_threadsafe(arrived.set)
             except RuntimeError:  # the loop is closed: nobody will ever read this
-                self.abort(name)
+                self.abort(request.request_id)
 
-        return AsyncReply(self._submit(prompt_tokens, params, name, wake), arrived, self.abort)
+        return AsyncReply(self._submit(request, wake), arrived, self.abort)
 
     def abort(self, request_id: str) -> None:
         """End a request: its pages are free within one step, its last Output says "abort". Unknown ids are ignored."""
@@ -121,14 +137,8 @@ class EngineThread:
             self._thread.join()
         atexit.unregister(self.close)
 
-    def _submit(
-        self,
-        prompt_tokens: Sequence[int],
-        params: SamplingParams | None,
-        name: str,
-        wake: Callable[[], None],
-    ) -> Mailbox:
-        request = Request(name, tuple(prompt_tokens), params or SamplingParams(), time.monotonic())
+    def _submit(self, request: Request, wake: Callable[[], None]) -> Mailbox:
+        name = request.request_id
         check_request(request, self.limits)
         mailbox = Mailbox(request, wake)
         with self._lock:
@@ -207,3 +217,16 @@ class EngineThread:
             mailboxes, self._mailboxes = list(self._mailboxes.values()), {}
         for mailbox in mailboxes:
             mailbox.put(Output(mailbox.request_id, "", (), mailbox.usage, reason, error))
+
+
+def _make_request(
+    prompt_tokens: Sequence[int],
+    params: SamplingParams | None,
+    request_id: str | None,
+    priority: int,
+    timeout: float | None,
+) -> Request:
+    now = time.monotonic()
+    deadline = None if timeout is None else now + timeout
+    name = request_id or uuid.uuid4().hex
+    return Request(name, tuple(prompt_tokens), params or SamplingParams(), now, priority, deadline)

@@ -1,9 +1,10 @@
 """Which tokens run next: continuous batching, chunked prefill beside decode, preemption when pages run out.
 
-First come, first served, in all things: waiting sequences start in order of arrival and none overtakes the first;
-when a running one needs a page and none is free, the youngest gives its pages back and is computed anew later. So the
-oldest always moves on, and everything ends. Decoding sequences go first into each batch, prompts fill what is left:
-a long prompt delays the others by one chunk at most.
+Every sequence has a rank: its priority, then its arrival. Waiting ones start in order of rank and none overtakes the
+first; when a running one needs a page and none is free, the last in rank gives its pages back and is computed anew
+later. So the first always moves on, and everything ends (as long as more urgent ones do not come without end). One
+that waits takes the place of running ones with a lesser priority if it must. Decoding sequences go first into each
+batch, prompts fill what is left: a long prompt delays the others by one chunk at most.
 
 Full pages go into the prefix cache as soon as they are computed, and a sequence starts with the pages that the cache
 has of it. What is preempted or finished leaves its pages there, so coming back costs little as long as pages last.
@@ -11,7 +12,7 @@ has of it. What is preempted or finished leaves its pages there, so coming back 
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -24,18 +25,19 @@ class Sequence:
     """The tokens of one request so far, and how many of them have their keys and values in `pages`.
 
     The first pages are those of `nodes`, shared through the prefix cache; the others are its own. `cached`: tokens
-    that the cache had when the sequence first started.
+    that the cache had when the sequence first started. `rank`: priority (smaller runs sooner), then arrival.
     """
 
-    __slots__ = ("cached", "computed", "nodes", "pages", "request_id", "tokens")
+    __slots__ = ("cached", "computed", "nodes", "pages", "rank", "request_id", "tokens")
 
-    def __init__(self, request_id: str, tokens: Iterable[int]) -> None:
+    def __init__(self, request_id: str, tokens: Iterable[int], priority: int = 0) -> None:
         self.request_id = request_id
         self.tokens = list(tokens)
         self.pages: list[int] = []
         self.nodes: list[Node] = []
         self.computed = 0
         self.cached: int | None = None
+        self.rank = (priority, 0)
 
     @property
     def pending(self) -> int:
@@ -64,8 +66,9 @@ class Scheduler:
         self._max_running = min(limits.max_batch, limits.prefill_chunk)  # so that each can have a token per batch
         self._allocator = PageAllocator(limits.num_pages)
         self._cache = PrefixCache(self._allocator, limits.page_size, enabled=prefix_cache)
-        self._waiting: deque[Sequence] = deque()  # both in order of arrival; all that run came before all that wait
+        self._waiting: list[Sequence] = []  # both in order of rank
         self._running: list[Sequence] = []
+        self._arrivals = 0
         self.preemptions = 0
 
     @property
@@ -94,8 +97,10 @@ class Scheduler:
         return self._cache.evictions
 
     def add(self, sequence: Sequence) -> None:
-        """Put a new sequence at the end of the queue."""
-        self._waiting.append(sequence)
+        """Put a new sequence into the queue, behind all of its priority."""
+        self._arrivals += 1
+        sequence.rank = (sequence.rank[0], self._arrivals)
+        insort(self._waiting, sequence, key=_get_rank)
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence, finished or aborted; its pages are free, or the prefix cache's, at once."""
@@ -108,14 +113,19 @@ class Scheduler:
     def schedule(self) -> list[Chunk]:
         """The chunks of the next batch, single tokens first; empty only when there is nothing to do."""
         self._grow()
+        self._make_place()
         decoding = [s for s in self._running if s.pending == 1]
         prefilling = [s for s in self._running if s.pending > 1]
         chunks = [_make_chunk(s, 1) for s in decoding]
         budget = self._limits.prefill_chunk - len(chunks)
         while budget:
-            sequence = prefilling.pop(0) if prefilling else self._admit()
+            sequence = None
+            if self._waiting and not (prefilling and prefilling[0].rank < self._waiting[0].rank):
+                sequence = self._admit()
             if sequence is None:
-                break
+                if not prefilling:
+                    break
+                sequence = prefilling.pop(0)
             chunks.append(_make_chunk(sequence, min(budget, sequence.pending)))
             budget -= chunks[-1].count
         return sorted(chunks, key=lambda c: c.count > 1)
@@ -134,33 +144,45 @@ class Scheduler:
             sequence.pages[index] = node.page
 
     def _grow(self) -> None:
-        """Give every running sequence the pages for its tokens, oldest first, preempting the youngest if it must."""
+        """Give every running sequence the pages for its tokens, by rank, preempting the last if it must."""
         for sequence in list(self._running):
             while sequence.pages and self._missing(sequence) > self.num_free_pages:
                 self._preempt()
             if sequence.pages and (missing := self._missing(sequence)):
                 sequence.pages += self._take(missing, sequence.pages[-1])
 
-    def _admit(self) -> Sequence | None:
-        """Start the first waiting sequence if there is a place and all pages for it.
+    def _make_place(self) -> None:
+        """Preempt running sequences for the first that waits as far as it must and its priority is above theirs."""
+        while self._waiting and self._running and self._running[-1].rank[0] > self._waiting[0].rank[0]:
+            if self._find_place(self._waiting[0]) is not None:
+                return
+            self._preempt()
+
+    def _find_place(self, sequence: Sequence) -> list[Node] | None:
+        """What the prefix cache has of a waiting sequence; None when it cannot start now for want of place or pages.
 
         Besides its own, a page for each running sequence must be free: or else it would soon be preempted again.
         """
-        if not self._waiting or len(self._running) == self._max_running:
+        if len(self._running) == self._max_running:
             return None
-        sequence = self._waiting[0]
         nodes = self._cache.find(sequence.tokens, len(sequence.tokens) - 1)  # the last token must run
-        missing = self._missing(sequence) - len(nodes)
         coming = sum(not node.readers for node in nodes)  # free as long as they are not read
-        if missing + coming + len(self._running) > self.num_free_pages:
+        missing = self._missing(sequence) - len(nodes)
+        return nodes if missing + coming + len(self._running) <= self.num_free_pages else None
+
+    def _admit(self) -> Sequence | None:
+        """Start the first waiting sequence if it has a place."""
+        sequence = self._waiting[0]
+        nodes = self._find_place(sequence)
+        if nodes is None:
             return None
         self._cache.hold(nodes)
         sequence.nodes = nodes
         sequence.pages = [node.page for node in nodes]
-        sequence.pages += self._take(missing, sequence.pages[-1] if nodes else None)
+        sequence.pages += self._take(self._missing(sequence), sequence.pages[-1] if nodes else None)
         sequence.computed = len(nodes) * self._limits.page_size
         sequence.cached = sequence.computed if sequence.cached is None else sequence.cached
-        self._running.append(self._waiting.popleft())
+        insort(self._running, self._waiting.pop(0), key=_get_rank)
         return sequence
 
     def _take(self, count: int, after: int | None) -> list[int]:
@@ -170,10 +192,10 @@ class Scheduler:
         return self._allocator.allocate(count, after)
 
     def _preempt(self) -> None:
-        """Put the youngest running sequence back to the head of the queue, to be computed anew."""
+        """Put the running sequence that is last in rank back into the queue, to be computed anew."""
         sequence = self._running.pop()
         self._release(sequence)
-        self._waiting.appendleft(sequence)
+        insort(self._waiting, sequence, key=_get_rank)
         self.preemptions += 1
 
     def _release(self, sequence: Sequence) -> None:
@@ -184,6 +206,10 @@ class Scheduler:
 
     def _missing(self, sequence: Sequence) -> int:
         return -(-len(sequence.tokens) // self._limits.page_size) - len(sequence.pages)
+
+
+def _get_rank(sequence: Sequence) -> tuple[int, int]:
+    return sequence.rank
 
 
 def _make_chunk(sequence: Sequence, count: int) -> Chunk:

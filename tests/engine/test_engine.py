@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from small_engines import END, LIMITS, TOKENIZER, make_engine, make_request, make_talking_engine, run_all
 
 from engine.core import Limits, SamplingParams
 from engine.engine import Engine
-from engine.errors import InvalidRequest
+from engine.errors import DeadlineExceeded, InvalidRequest
 from engine.request import check_request
 from engine.runtime.fake import FakeExecutor, make_hash_model
 
@@ -50,6 +52,46 @@ def test_times() -> None:
     assert (usage.queued, usage.ttft, usage.decoding, usage.decode_rate) == (10.0, 13.0, 4.0, 0.5)
     assert engine.get_stats().prompt_tokens == 30
     assert engine.get_stats().completion_tokens == 3
+
+
+def test_a_deadline_ends_what_runs_and_what_waits() -> None:
+    now = [100.0]
+    limits = replace(LIMITS, max_batch=1)
+    engine = Engine(FakeExecutor(limits, make_hash_model(258)), TOKENIZER, clock=lambda: now[0])
+    for name, deadline in (("runs", 102.0), ("waits", 101.0), ("next", 110.0)):
+        request = make_request(name, name, max_tokens=5, ignore_eos=True)
+        engine.add(replace(request, arrival=100.0, deadline=deadline))
+    assert [o.request_id for o in engine.step()] == ["runs"]
+    now[0] = 101.0
+    first, second = engine.step()
+    assert (first.request_id, first.finish_reason, second.request_id) == ("waits", "error", "runs")
+    now[0] = 102.0
+    late, other = engine.step()
+    assert (late.request_id, late.finish_reason, late.usage.completion_tokens) == ("runs", "error", 2)
+    assert isinstance(late.error, DeadlineExceeded)
+    assert str(late.error) == (
+        "the reply was not complete after 2 s, the timeout of this request\n"
+        "  hint: allow more time, or ask for fewer tokens"
+    )
+    assert other.request_id == "next"
+    now[0] = 110.0
+    assert [o.request_id for o in engine.step()] == ["next"]
+    assert not engine.has_work
+    assert engine.get_stats().free_pages == limits.num_pages
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"priority": 1001}, "priority is 1001\n  hint: it must be between -1000 and 1000; smaller runs sooner"),
+        ({"deadline": 99.0}, "timeout is -1\n  hint: it must be seconds, more than 0"),
+        ({"deadline": float("nan")}, "timeout is nan\n  hint: it must be seconds, more than 0"),
+    ],
+)
+def test_bad_priorities_and_timeouts(changes: dict, text: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        check_request(replace(make_request("a", "x"), arrival=100.0, **changes), LIMITS)
+    assert str(caught.value) == text
 
 
 def test_abort() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -50,13 +51,22 @@ def check_books(scheduler: Scheduler) -> None:
     for node in nodes:
         assert node.readers == sum(node in s.nodes for s in scheduler._running)
         assert (node in cache._unread) == (node.readers == 0)
+    for queue in (scheduler._running, scheduler._waiting):
+        assert [s.rank for s in queue] == sorted(s.rank for s in queue)
     order = {node: i for i, node in enumerate(cache._unread)}
     assert all(order[n] < order[n.parent] for n in order if n.parent in order)
 
 
 prompts = st.lists(st.sampled_from(PIECES), min_size=1, max_size=5).map(lambda pieces: sum(pieces, [])[:80])
 traffic = st.lists(
-    st.tuples(st.integers(0, 6), prompts, st.integers(1, 40), st.one_of(st.none(), st.integers(0, 30))), max_size=10
+    st.tuples(
+        st.integers(0, 6),
+        prompts,
+        st.integers(1, 40),
+        st.one_of(st.none(), st.integers(0, 30)),
+        st.sampled_from([0, 0, 0, -1, 3]),
+    ),
+    max_size=10,
 )
 limits = st.builds(
     Limits,
@@ -73,9 +83,10 @@ def play(engine: Engine, traffic: list) -> dict[str, Output]:
     """Add and abort at the given steps, checking the books after each."""
     events: dict[int, list] = {}
     now = 0
-    for i, (delay, prompt, count, patience) in enumerate(traffic):
+    for i, (delay, prompt, count, patience, priority) in enumerate(traffic):
         now += delay
         request = make_request(str(i), prompt, max_tokens=count, seed=i, temperature=float(i % 2))
+        request = replace(request, priority=priority)
         events.setdefault(now, []).append(lambda r=request: engine.add(r))
         if patience is not None:
             events.setdefault(now + patience, []).append(lambda i=i: engine.abort(str(i)))

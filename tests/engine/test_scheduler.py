@@ -127,6 +127,47 @@ def test_nobody_overtakes() -> None:
     assert (scheduler.num_running, scheduler.num_waiting, scheduler.num_free_pages) == (1, 2, 2)
 
 
+def test_the_urgent_overtake_those_that_wait_and_displace_those_that_run() -> None:
+    scheduler = make_scheduler(max_batch=2)
+    sequences = {p: Sequence(f"p{p}", [p + 5] * 20, priority=p) for p in (2, 1, 0, -1)}
+    for priority in (2, 1):
+        scheduler.add(sequences[priority])
+    assert run_once(scheduler) == [("p1", 0, 20), ("p2", 0, 4)]
+    scheduler.add(sequences[0])
+    assert run_once(scheduler) == [("p1", 20, 1), ("p0", 0, 20)]  # with p1 and p0, both places are taken
+    assert (scheduler.preemptions, scheduler.num_waiting) == (1, 1)
+    scheduler.add(sequences[-1])
+    assert run_once(scheduler) == [("p0", 20, 1), ("p-1", 0, 20)]
+    for _ in range(2):
+        assert [name for name, _, _ in run_once(scheduler)] == ["p-1", "p0"]
+    scheduler.remove(sequences[-1])
+    assert run_once(scheduler) == [("p0", 23, 1), ("p1", 16, 6)]  # the first page comes from the prefix cache
+
+
+def test_equal_priorities_displace_nobody() -> None:
+    scheduler = make_scheduler(max_batch=1)
+    for name in "ab":
+        scheduler.add(Sequence(name, [1] * 4))
+    for _ in range(3):
+        assert [name for name, _, _ in run_once(scheduler)] == ["a"]
+    assert scheduler.preemptions == 0
+
+
+@given(st.integers(1, 6), st.integers(25, 90), st.integers(8, 24))
+@settings(max_examples=30, deadline=None)
+def test_no_gap_between_tokens_is_longer_than_one_chunk(decoding: int, length: int, chunk: int) -> None:
+    """Every batch while long prompts are read has a token for each that decodes, and is no longer than a chunk."""
+    engine = make_engine(Limits(128, chunk, 8, 16, 80, 258))
+    for i in range(decoding):
+        engine.add(make_request(str(i), [i], temperature=0.0, ignore_eos=True, max_tokens=100))
+    engine.step()
+    for i in range(2):
+        engine.add(make_request(f"long{i}", [7] * length + [i], temperature=0.0, max_tokens=1))
+    while any(name.startswith("long") for name in engine._requests):
+        outputs = engine.step()
+        assert {str(i) for i in range(decoding)} <= {o.request_id for o in outputs}
+
+
 def test_the_youngest_gives_its_pages_back() -> None:
     scheduler = make_scheduler(num_pages=6)
     old, young = Sequence("old", [1] * 20), Sequence("young", [1] * 4)

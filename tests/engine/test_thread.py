@@ -14,7 +14,7 @@ from small_engines import LIMITS, make_engine, make_talking_engine
 
 from engine.core import Output, SamplingParams, join_outputs
 from engine.engine import Engine
-from engine.errors import EngineStopped, InvalidRequest, Overloaded
+from engine.errors import DeadlineExceeded, EngineStopped, InvalidRequest, Overloaded
 from engine.runtime.fake import make_hash_model
 from engine.thread import EngineThread
 
@@ -173,6 +173,18 @@ def test_leaving_early_frees_the_pages(start, gate, way: str, monkeypatch: pytes
         with pytest.raises(KeyboardInterrupt):
             next(reply)
     wait_for_early_end(thread)
+
+
+def test_a_timeout_ends_the_reply(start, gate) -> None:
+    gate.open.set()
+    gate.delay = 0.01
+    thread = start(lambda: make_engine(model=gate))
+    output = read(thread.generate(PROMPT, FOREVER, timeout=0.1))
+    assert (output.finish_reason, type(output.error)) == ("error", DeadlineExceeded)
+    assert 1 <= output.usage.completion_tokens < 20
+    assert is_idle(thread)
+    with pytest.raises(InvalidRequest, match="priority is -2000"):
+        thread.generate(PROMPT, FOREVER, priority=-2000)
 
 
 def test_an_aborted_request_says_so(start, gate) -> None:
