@@ -219,7 +219,7 @@ def test_what_does_not_exist(http: httpx.Client) -> None:
 
 def test_the_schema_is_published(http: httpx.Client) -> None:
     paths = http.get("/openapi.json").json()["paths"]
-    assert set(paths) == {"/v1/chat/completions", "/v1/models", "/v1/models/{name}", "/health", "/ready", "/version"}
+    assert {"/v1/chat/completions", "/v1/models", "/v1/models/{name}", "/health", "/ready", "/version"} <= set(paths)
 
 
 def test_a_full_queue() -> None:

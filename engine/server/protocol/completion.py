@@ -1,0 +1,72 @@
+"""OpenAI completions: a text, several, or token ids to continue, without a conversation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+from engine.server.protocol.chat import UNSUPPORTED, ChatRequest, Message, Timings, Tool, Usage
+
+MAX_PROMPTS = 128
+DEFAULT_MAX_TOKENS = 16  # OpenAI's
+# The fields of a chat that this route cannot obey, or that belong to conversations, and values that ask for nothing.
+HARMLESS: Mapping[str, tuple[Any, ...]] = {
+    **UNSUPPORTED,
+    "n": (1,),
+    "best_of": (1,),
+    "logprobs": (),
+    "top_logprobs": (0,),
+    "prompt_logprobs": (0,),
+    "suffix": ("",),
+}
+
+
+class CompletionRequest(ChatRequest):
+    """The body of POST /v1/completions: a chat's, with a prompt instead of messages and tools."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    echo: bool | None = None
+    messages: list[Message] = Field(default=[], max_length=0)
+    tools: list[Tool] | None = Field(default=None, max_length=0)
+
+    def get_prompts(self) -> list[str | list[int]]:
+        """One entry for each text that is to be continued."""
+        prompt: Any = self.prompt
+        if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
+            return [prompt]
+        return list(prompt)
+
+    def get_unsupported(self) -> str | None:
+        """The name of a field that asks for what this route cannot do; null asks for nothing."""
+        given = {**(self.model_extra or {}), **{name: getattr(self, name) for name in self.model_fields_set}}
+        return next((name for name in given if name in HARMLESS and _asks(given[name], HARMLESS[name])), None)
+
+
+def _asks(value: Any, harmless: tuple[Any, ...]) -> bool:
+    """Whether `value` is not one of the harmless ones, where 1 is 1.0 but not true."""
+    if value is None:
+        return False
+    return not any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in harmless)
+
+
+class TextChoice(BaseModel):
+    """One continued text, or what an event adds to it."""
+
+    index: int
+    text: str
+    logprobs: None = None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class TextCompletion(BaseModel):
+    """The whole answer, or one event of a streamed one; `usage` is in the last event, if asked for."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: Usage | None = None
+    timings: Timings | None = None

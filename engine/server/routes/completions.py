@@ -1,0 +1,197 @@
+"""POST /v1/completions, streamed or whole, for one prompt or several. A client that leaves takes them with it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from functools import reduce
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Request, Response
+
+from engine import core
+from engine.core import Output, SamplingParams
+from engine.errors import InvalidRequest
+from engine.model import LoadedModel
+from engine.reply import AsyncReply
+from engine.server.completion import find_error, get_failure, make_timings, make_usage
+from engine.server.limits import check_prompt_length
+from engine.server.protocol.chat import Usage
+from engine.server.protocol.completion import (
+    DEFAULT_MAX_TOKENS,
+    MAX_PROMPTS,
+    CompletionRequest,
+    TextChoice,
+    TextCompletion,
+)
+from engine.server.routes.chat import ANSWERS, CLIENT_LEFT, check_supported, make_params, run_while_connected
+from engine.server.sse import DONE, LINE_ENDS, EventStream
+from engine.server.state import check_model_name, get_model, get_settings
+
+router = APIRouter()
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What all events of an answer have in common; `echoes` is what each text starts with."""
+
+    id: str
+    created: int
+    model: str
+    echoes: tuple[str, ...]
+
+    def make(self, choices: list[TextChoice], **extra: object) -> TextCompletion:
+        """An event, or the whole answer."""
+        head = {"id": self.id, "object": "text_completion", "created": self.created, "model": self.model}
+        return TextCompletion.model_validate({**head, "choices": choices, **extra})
+
+
+@router.post("/v1/completions", response_model=TextCompletion, responses=ANSWERS)
+async def create_completion(
+    body: CompletionRequest, request: Request, model: Annotated[LoadedModel, Depends(get_model)]
+) -> Response:
+    """Continue texts."""
+    check_model_name(body.model, model)
+    check_supported(body)
+    prompts = check_prompts(body, get_settings(request).max_prompt_chars)
+    tokens, echoes = await asyncio.to_thread(make_prompts, prompts, body, model)
+    head = Head(f"cmpl-{uuid.uuid4().hex}", int(time.time()), model.name, echoes)
+    params = await asyncio.to_thread(make_params, body, model)
+    if params.max_tokens is None:
+        params = replace(params, max_tokens=DEFAULT_MAX_TOKENS)
+    replies = start(tokens, params, model, head.id)
+    if body.stream:
+        usage = body.stream_options is not None and body.stream_options.include_usage
+        return EventStream(stream_events(replies, head, usage))
+    outputs = await run_while_connected(request, collect_all(replies))
+    if outputs is None:
+        return Response(status_code=CLIENT_LEFT)
+    choices = [
+        TextChoice.model_validate({"index": i, "text": echo + o.text, "finish_reason": o.finish_reason})
+        for i, (echo, o) in enumerate(zip(echoes, outputs, strict=True))
+    ]
+    timings = {"timings": make_timings(outputs[0].usage)} if len(outputs) == 1 else {}
+    answer = head.make(choices, usage=sum_usage(outputs), **timings)
+    return Response(answer.model_dump_json(exclude_unset=not timings), media_type="application/json")
+
+
+def check_prompts(body: CompletionRequest, max_chars: int) -> list[str | list[int]]:
+    """The prompts of a request, of which there is at least one, but not too many."""
+    prompts = body.get_prompts()
+    if not 1 <= len(prompts) <= MAX_PROMPTS:
+        raise InvalidRequest(f"prompt holds {len(prompts)} prompts", hint=f"send 1 to {MAX_PROMPTS}", param="prompt")
+    check_prompt_length(sum(len(p) for p in prompts if isinstance(p, str)), max_chars)
+    return prompts
+
+
+def make_prompts(
+    prompts: Sequence[str | list[int]], body: CompletionRequest, model: LoadedModel
+) -> tuple[list[list[int]], tuple[str, ...]]:
+    """The tokens of each prompt, and with echo=true its text. Raises InvalidRequest when they cannot be made."""
+    tokenizer, limit = model.engine.tokenizer, model.engine.limits.vocab_size
+    if any(not 0 <= token < limit for prompt in prompts if not isinstance(prompt, str) for token in prompt):
+        raise InvalidRequest(
+            "a token of the prompt is not in the vocabulary", hint=f"it must be 0 to {limit - 1}", param="prompt"
+        )
+    tokens = [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    if not body.echo:
+        return tokens, ("",) * len(tokens)
+    return tokens, tuple(p if isinstance(p, str) else tokenizer.decode(p) for p in prompts)
+
+
+def start(tokens: Sequence[list[int]], params: SamplingParams, model: LoadedModel, name: str) -> list[AsyncReply]:
+    """Submit all prompts, or none when one is refused."""
+    replies: list[AsyncReply] = []
+    try:
+        for index, prompt in enumerate(tokens):
+            replies.append(model.engine.stream(prompt, params, request_id=f"{name}-{index}"))
+    except BaseException:
+        for reply in replies:
+            reply.close()
+        raise
+    return replies
+
+
+async def collect_all(replies: Sequence[AsyncReply]) -> list[Output]:
+    """Every reply as one Output. When one breaks off, which raises its error, or this is cancelled, all are aborted."""
+    whole: dict[int, Output] = {}
+    async with aclosing(merge(replies)) as merged:
+        async for index, output in merged:
+            whole[index] = core.join_outputs(whole[index], output) if index in whole else output
+            if (error := find_error(output)) is not None:
+                raise error
+    return [whole[index] for index in range(len(replies))]
+
+
+async def merge(replies: Sequence[AsyncReply]) -> AsyncGenerator[tuple[int, Output], None]:
+    """The Outputs of all replies as they come, each with the index of its reply; closing it aborts them all."""
+    arrived: asyncio.Queue[tuple[int, Output]] = asyncio.Queue()
+
+    async def pump(index: int, reply: AsyncReply) -> None:
+        async for output in reply:
+            arrived.put_nowait((index, output))
+
+    tasks = [asyncio.create_task(pump(index, reply)) for index, reply in enumerate(replies)]
+    running = len(replies)
+    try:
+        while running:
+            index, output = await arrived.get()
+            running -= output.finish_reason is not None
+            yield index, output
+    finally:
+        for task, reply in zip(tasks, replies, strict=True):
+            task.cancel()
+            reply.close()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def stream_events(replies: Sequence[AsyncReply], head: Head, usage: bool) -> AsyncGenerator[bytes, None]:
+    """The events of an answer; one that breaks off ends with an error, then [DONE], as a chat's does."""
+    nothing: dict[str, object] = {"usage": None} if usage else {}
+    last: dict[int, Output] = {}
+    merged = merge(replies)
+    try:
+        for index, echo in enumerate(head.echoes):
+            if echo:
+                choice = TextChoice(index=index, text=echo, logprobs=None, finish_reason=None)
+                yield make_event(head.make([choice], **nothing))
+        async for index, output in merged:
+            failure = get_failure(output)
+            if failure is not None:
+                yield f"data: {failure.model_dump_json()}\n\n".encode()
+                yield DONE
+                return
+            if output.text or output.finish_reason:
+                fields = {"index": index, "text": output.text, "logprobs": None, "finish_reason": output.finish_reason}
+                yield make_event(head.make([TextChoice.model_validate(fields)], **nothing))
+            if output.finish_reason:
+                last[index] = output
+        if usage:
+            yield make_event(head.make([], usage=sum_usage(list(last.values()))))
+        yield DONE
+    finally:
+        await merged.aclose()
+        for reply in replies:
+            reply.close()
+
+
+def make_event(body: TextCompletion) -> bytes:
+    """One event, in one line."""
+    return f"data: {body.model_dump_json(exclude_unset=True).translate(LINE_ENDS)}\n\n".encode()
+
+
+def sum_usage(outputs: Sequence[Output]) -> Usage:
+    """What all replies of an answer took."""
+
+    def add(first: core.Usage, second: core.Usage) -> core.Usage:
+        return core.Usage(
+            first.prompt_tokens + second.prompt_tokens,
+            first.completion_tokens + second.completion_tokens,
+            cached_tokens=first.cached_tokens + second.cached_tokens,
+        )
+
+    return make_usage(reduce(add, (output.usage for output in outputs)))
