@@ -67,11 +67,28 @@ class Linear(nn.Module):
         return op.tensor_ir_inplace_op(kernel, f"{name}_add", [*args, residual], len(args), y)
 
     def _quantized(self, x: Tensor) -> list[Tensor]:
-        columns, n = self.shape[1], x.shape[0]
-        entries = quantize_rows.padded_rows(n) * quantize_rows.groups(columns)
-        out = [_out([entries * 32], "int8"), _out([entries]), _out([entries], "int32")]
-        kernel = _kernel(quantize_rows.make_quantize_rows, columns)
-        return list(op.tensor_ir_op(kernel, f"quantize_{columns}", [x], out))
+        if isinstance(x, Coded):
+            return x.codes
+        return make_codes(quantize_rows.make_quantize_rows, self.shape[1], [x])
+
+
+class Coded(Tensor):
+    """A tensor whose int8 codes were made along with it, in one kernel; whichever of the two stays unused is dropped.
+
+    Made at once, not when a matmul asks: by then a residual may have been added to the input in place.
+    """
+
+    def __init__(self, plain: Tensor, codes: list[Tensor]) -> None:
+        super().__init__(_expr=plain._expr)
+        self.codes = codes
+
+
+def make_codes(kernel: Callable[..., tirx.PrimFunc], width: int, inputs: list[Tensor], *options: Any) -> list[Tensor]:
+    """Codes, scales and corrections of n rows of `width`, by a kernel of quantize_rows.py."""
+    entries = quantize_rows.padded_rows(inputs[0].shape[0]) * quantize_rows.groups(width)
+    out = [_out([entries * 32], "int8"), _out([entries]), _out([entries], "int32")]
+    name = kernel.__name__.removeprefix("make_")
+    return list(op.tensor_ir_op(_kernel(kernel, width, *options), f"{name}_{width}", inputs, out))
 
 
 class Embedding(Linear):
@@ -93,14 +110,18 @@ class Embedding(Linear):
 class RMSNorm(nn.Module):
     """x / rms(x) * weight."""
 
-    def __init__(self, hidden_size: int, eps: float) -> None:
+    def __init__(self, hidden_size: int, eps: float, layout: str) -> None:
         super().__init__()
-        self.hidden_size, self.eps = hidden_size, eps
+        self.hidden_size, self.eps, self.layout = hidden_size, eps, layout
         self.weight = nn.Parameter((hidden_size,), "float32")
 
     def forward(self, x: Tensor) -> Tensor:
         kernel = _kernel(elementwise.make_rms_norm, self.hidden_size, self.eps)
-        return op.tensor_ir_op(kernel, "rms_norm", [x, self.weight], _out(x.shape))
+        y = op.tensor_ir_op(kernel, "rms_norm", [x, self.weight], _out(x.shape))
+        if self.layout != VNNI:
+            return y
+        fused = quantize_rows.make_rms_norm_quantize
+        return Coded(y, make_codes(fused, self.hidden_size, [x, self.weight], self.eps))
 
 
 class TensorCache:
@@ -209,11 +230,14 @@ class CpuLowering:
         return Embedding(vocab_size, hidden_size, self.q, self.layout, False)
 
     def rms_norm(self, hidden_size: int, eps: float) -> nn.Module:
-        return RMSNorm(hidden_size, eps)
+        return RMSNorm(hidden_size, eps, self.layout)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         n, width = gate_up.shape[0], int(gate_up.shape[1]) // 2
-        return op.tensor_ir_op(_kernel(elementwise.make_silu_mul, width), "silu_mul", [gate_up], _out([n, width]))
+        y = op.tensor_ir_op(_kernel(elementwise.make_silu_mul, width), "silu_mul", [gate_up], _out([n, width]))
+        if self.layout != VNNI:
+            return y
+        return Coded(y, make_codes(quantize_rows.make_silu_mul_quantize, width, [gate_up]))
 
     def export(self, model: nn.Module, shape: AttentionShape, hidden_size: int, limits: Limits) -> Program:
         """See lowering.Lowering; raises CompileError for a shape that the kernels cannot hold."""

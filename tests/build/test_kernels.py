@@ -165,6 +165,29 @@ def test_rope_table():
     np.testing.assert_allclose(table, np.concatenate([np.cos(angle), np.sin(angle)], -1), atol=1e-6)
 
 
+@pytest.mark.parametrize("width", [64, 96, 1024])
+def test_fused_quantization_equals_its_parts(rng, width):
+    """Normalising or gating and quantizing in one kernel gives the codes of the two, to the last bit."""
+    plain, weight = build(quantize_rows.make_quantize_rows(width)), rng.normal(size=width).astype(np.float32)
+    norm, gated = build(elementwise.make_rms_norm(width, 1e-5)), build(elementwise.make_silu_mul(width))
+    fused_norm = build(quantize_rows.make_rms_norm_quantize(width, 1e-5))
+    fused_gated = build(quantize_rows.make_silu_mul_quantize(width))
+    for n in (1, 3, 65):
+        x, y = rng.normal(size=(n, 2 * width)).astype(np.float32), np.zeros((n, width), np.float32)
+        wanted, got = codes_for(n, width), codes_for(n, width)
+        norm(np.ascontiguousarray(x[:, :width]), weight, y)
+        plain(y, *wanted)
+        fused_norm(np.ascontiguousarray(x[:, :width]), weight, *got)
+        for a, b in zip(wanted, got, strict=True):
+            np.testing.assert_array_equal(a, b)
+        wanted, got = codes_for(n, width), codes_for(n, width)
+        gated(x, y)
+        plain(y, *wanted)
+        fused_gated(x, *got)
+        for a, b in zip(wanted, got, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
 def test_quantize_rows_of_zeros():
     acts = codes_for(2, 64)
     build(quantize_rows.make_quantize_rows(64))(np.zeros((2, 64), np.float32), *acts)

@@ -15,6 +15,25 @@ from mlcbuild.compiler.kernels import tir
 from mlcbuild.compiler.kernels.tir import Accumulator, Expr, f32, fma, put2, spread, vec, vec2
 
 
+def inverse_rms(x: Expr, m: Expr, width: int, eps: float) -> Expr:
+    """1 / sqrt(mean(x[m]^2) + eps)."""
+    chains = 4 if width % 64 == 0 else 1
+    sums = [Accumulator() for _ in range(chains)]
+    with T.serial(width // (16 * chains)) as k:
+        for i, s in enumerate(sums):
+            v = T.bind(vec2(x, m, (k * chains + i) * 16))
+            s.set(fma(v, v, s.get()))
+    square = tir.reduce_sum(sum((s.get() for s in sums[1:]), sums[0].get()))
+    mean = square * T.float32(1 / width) + T.float32(eps)
+    return T.bind(T.float32(1) / tir.call("float32", "sqrt", mean))
+
+
+def silu(gate: Expr) -> Expr:
+    """gate / (1 + e^-gate), per lane."""
+    gate = T.bind(gate)
+    return gate / (f32(1) + tir.exp2(gate * f32(-math.log2(math.e))))
+
+
 def make_rms_norm(hidden: int, eps: float) -> tirx.PrimFunc:
     """x f32 [n, hidden], weight f32 [hidden] -> y f32 [n, hidden] = x / sqrt(mean(x^2) + eps) * weight."""
 
@@ -23,17 +42,9 @@ def make_rms_norm(hidden: int, eps: float) -> tirx.PrimFunc:
         x = tir.arg("x", (n, hidden), "float32")
         weight = tir.arg("weight", (hidden,), "float32")
         y = tir.arg("y", (n, hidden), "float32")
-        chains = 4 if hidden % 64 == 0 else 1
 
         def normalize(m: Expr) -> None:
-            sums = [Accumulator() for _ in range(chains)]
-            with T.serial(hidden // (16 * chains)) as k:
-                for i, s in enumerate(sums):
-                    v = T.bind(vec2(x, m, (k * chains + i) * 16))
-                    s.set(fma(v, v, s.get()))
-            square = tir.reduce_sum(sum((s.get() for s in sums[1:]), sums[0].get()))
-            mean = square * T.float32(1 / hidden) + T.float32(eps)
-            inverse = T.bind(T.float32(1) / tir.call("float32", "sqrt", mean))
+            inverse = inverse_rms(x, m, hidden, eps)
             with T.serial(hidden // 16) as k:
                 put2(y, m, k * 16, vec2(x, m, k * 16) * spread(inverse) * vec(weight, k * 16))
 
@@ -59,9 +70,7 @@ def make_silu_mul(width: int) -> tirx.PrimFunc:
                 m, first = T.bind(task // chunks), T.bind(task % chunks * (chunk * 16))
                 with T.serial(chunk) as i:
                     k = first + i * 16
-                    gate = T.bind(vec2(x, m, k))
-                    exp = tir.exp2(gate * f32(-math.log2(math.e)))
-                    put2(y, m, k, gate * vec2(x, m, k + width) / (f32(1) + exp))
+                    put2(y, m, k, silu(vec2(x, m, k)) * vec2(x, m, k + width))
 
     return tir.make_prim_func(body)
 

@@ -9,11 +9,14 @@ group: the matmul reads them as one sequential stream, and no two rows share an 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from mlcbuild.compiler.kernels import tir
-from mlcbuild.compiler.kernels.tir import F32, I32, Expr, f32, put, spread, vec2
+from mlcbuild.compiler.kernels.elementwise import inverse_rms, silu
+from mlcbuild.compiler.kernels.tir import F32, I32, Expr, f32, put, spread, vec, vec2
 
 GROUP = 32
 MAX_BLOCK = 64  # rows of a block: 64 x 32 float32 partial sums of the matmul stay in L1
@@ -46,26 +49,86 @@ def code_args(in_features: int) -> tuple[Expr, Expr, Expr]:
 
 
 def make_quantize_rows(in_features: int) -> tirx.PrimFunc:
-    """x f32 [n, K] -> codes int8 [padded_rows * K'], scales f32 and corrections i32 [padded_rows * K' / 32]."""
-    per_row = groups(in_features)
+    """x f32 [n, K] -> codes i8 [padded_rows * K'], scales f32 and corrections i32 [padded_rows * K' / 32]."""
+    return _make(in_features, lambda n: _Plain(n, in_features), 1)
+
+
+def make_rms_norm_quantize(in_features: int, eps: float) -> tirx.PrimFunc:
+    """x f32 [n, K], weight f32 [K] -> the same three of rms_norm(x) (see elementwise.py)."""
+    return _make(in_features, lambda n: _Normalized(n, in_features, eps), 1)
+
+
+def make_silu_mul_quantize(in_features: int) -> tirx.PrimFunc:
+    """x f32 [n, 2 K] (gate, up) -> the same three of silu(gate) * up; a lone row too is spread over the cores."""
+    chunks = max(c for c in range(1, 17) if in_features // GROUP % c == 0)
+    return _make(in_features, lambda n: _Gated(n, in_features), chunks)
+
+
+class _Plain:
+    """Rows as they are. `start(m)` prepares row m, `load(m, k)` gives its inputs k ... k + 15."""
+
+    def __init__(self, n: Expr, width: int) -> None:
+        self.x = tir.arg("x", (n, width), "float32")
+
+    def start(self, m: Expr) -> None:
+        pass
+
+    def load(self, m: Expr, k: Expr) -> Expr:
+        return vec2(self.x, m, k)
+
+
+class _Normalized:
+    """Rows divided by their root mean square, times a weight."""
+
+    def __init__(self, n: Expr, width: int, eps: float) -> None:
+        self.width, self.eps = width, eps
+        self.x = tir.arg("x", (n, width), "float32")
+        self.weight = tir.arg("weight", (width,), "float32")
+
+    def start(self, m: Expr) -> None:
+        self.inverse = inverse_rms(self.x, m, self.width, self.eps)
+
+    def load(self, m: Expr, k: Expr) -> Expr:
+        return vec2(self.x, m, k) * spread(self.inverse) * vec(self.weight, k)
+
+
+class _Gated:
+    """silu of the first half of the columns times the second half."""
+
+    def __init__(self, n: Expr, width: int) -> None:
+        self.width, self.x = width, tir.arg("x", (n, 2 * width), "float32")
+
+    def start(self, m: Expr) -> None:
+        pass
+
+    def load(self, m: Expr, k: Expr) -> Expr:
+        return silu(vec2(self.x, m, k)) * vec2(self.x, m, k + self.width)
+
+
+def _make(in_features: int, make_rows: Callable[[Expr], _Plain | _Normalized | _Gated], chunks: int) -> tirx.PrimFunc:
+    """The kernel over `make_rows(n)`, each row cut into `chunks` tasks of whole groups."""
+    per_row, whole = groups(in_features), in_features // GROUP
 
     def body() -> None:
         n = tir.size("n")
-        x = tir.arg("x", (n, in_features), "float32")
-        codes, scales, corrections = code_args(in_features)
+        rows = make_rows(n)
+        outputs = code_args(in_features)
 
-        def quantize(m: Expr) -> None:
+        def quantize(task: Expr) -> None:
+            m = T.bind(task // chunks)
+            rows.start(m)
             block = T.bind(block_rows(n))
             first = T.bind(m // block * per_row * block + m % block)
-            with T.serial(in_features // GROUP) as g:
-                halves = [T.bind(vec2(x, m, g * GROUP + i)) for i in (0, 16)]
-                _store_group(halves, T.bind(first + g * block), codes, scales, corrections)
-            for g in range(in_features // GROUP, per_row):  # padding of K to 64
-                _store_group([f32(0), f32(0)], first + g * block, codes, scales, corrections)
+            with T.serial(whole // chunks) as i:
+                g = T.bind(task % chunks * (whole // chunks) + i)
+                halves = [T.bind(rows.load(m, g * GROUP + at)) for at in (0, 16)]
+                _store_group(halves, T.bind(first + g * block), *outputs)
+            for g in range(whole, per_row):  # padding of K to 64
+                _store_group([f32(0), f32(0)], first + g * block, *outputs)
 
         with tir.root():
             tir.begin()
-            tir.for_each_row(n, quantize)
+            tir.for_each_row(n * chunks, quantize)
 
     return tir.make_prim_func(body)
 
