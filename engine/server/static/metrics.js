@@ -1,0 +1,132 @@
+/** The metrics tab: /metrics every two seconds while it is looked at. */
+
+import { fetchMetrics } from "./api.js";
+import { make } from "./dom.js";
+import { parsePrometheus, summarize } from "./prometheus.js";
+
+const EVERY = 2000; // milliseconds
+const KEPT = 60; // values of a curve
+const OFF = "This server keeps its metrics to itself: /metrics is off.";
+const SVG = "http://www.w3.org/2000/svg";
+
+export class MetricsView {
+  #element;
+  #getKey;
+  #timer = 0;
+  #seen = new Map(); // series -> values, the newest last
+  #before = null; // {time, values} of the last reading
+
+  constructor(element, getKey) {
+    this.#element = element;
+    this.#getKey = getKey;
+  }
+
+  start() {
+    this.stop();
+    this.#read();
+    this.#timer = setInterval(() => document.hidden || this.#read(), EVERY);
+  }
+
+  stop() {
+    clearInterval(this.#timer);
+  }
+
+  async #read() {
+    try {
+      const text = await fetchMetrics(this.#getKey());
+      if (text === null) return this.#say(OFF);
+      this.#show(parsePrometheus(text));
+    } catch (error) {
+      this.#say(`${error.status ? `Error ${error.status}: ` : ""}${error.message}`);
+    }
+  }
+
+  #say(text) {
+    this.#element.replaceChildren(make("p", { class: "empty", role: "status" }, text));
+  }
+
+  #show(families) {
+    const time = performance.now() / 1000;
+    const values = new Map();
+    const rows = { gauge: [], counter: [], histogram: [] };
+    for (const family of families) {
+      if (family.type === "histogram") rows.histogram.push(...summarize(family).map((all) => makeSummaryRow(family, all)));
+      else {
+        for (const sample of family.samples) {
+          const series = `${sample.name}${makeLabels(sample.labels)}`;
+          values.set(series, sample.value);
+          const isCounter = family.type === "counter";
+          const rate = isCounter ? this.#getRate(series, sample.value, time) : null;
+          const curve = makeCurve(this.#keep(series, isCounter ? rate : sample.value));
+          rows[isCounter ? "counter" : "gauge"].push(makeValueRow(family, sample, rate, curve));
+        }
+      }
+    }
+    this.#before = { time, values };
+    this.#element.replaceChildren(
+      makeTable("Now", ["", "Value", `Last ${(KEPT * EVERY) / 60000} minutes`], rows.gauge),
+      makeTable("Since the start", ["", "Total", "Per second", "Rate"], rows.counter),
+      makeTable("Distributions", ["", "Count", "Mean", "p50", "p95", "p99"], rows.histogram),
+    );
+  }
+
+  #getRate(series, value, time) {
+    const last = this.#before?.values.get(series);
+    return last === undefined || value < last ? null : (value - last) / (time - this.#before.time);
+  }
+
+  #keep(series, value) {
+    const values = [...(this.#seen.get(series) ?? []), ...(value === null ? [] : [value])].slice(-KEPT);
+    this.#seen.set(series, values);
+    return values;
+  }
+}
+
+function makeTable(title, heads, rows) {
+  if (!rows.length) return "";
+  const head = make("tr", {}, heads.map((text) => make("th", { scope: "col" }, text || make("span", { class: "hidden-text" }, "Metric"))));
+  const table = make("table", {}, make("caption", {}, title), make("thead", {}, head), make("tbody", {}, rows));
+  return make("div", { class: "table" }, table);
+}
+
+function makeName(family, labels) {
+  const name = family.name.replace(/^mlcbuild_/, "").replace(/_(total|seconds)$/, "").replaceAll("_", " ");
+  const parts = [`${name} `, make("small", {}, makeLabels(labels))];
+  return make("th", { scope: "row", title: `${family.name}: ${family.help}` }, parts);
+}
+
+function makeLabels(labels) {
+  return Object.entries(labels).map(([name, value]) => `${name}=${value}`).join(" ");
+}
+
+function makeValueRow(family, sample, rate, curve) {
+  const cells = [make("td", {}, format(sample.value, family.name))];
+  if (family.type === "counter") cells.push(make("td", {}, rate === null ? "–" : format(rate, "")));
+  return make("tr", {}, makeName(family, sample.labels), ...cells, make("td", {}, curve));
+}
+
+function makeSummaryRow(family, { labels, count, mean, p50, p95, p99 }) {
+  const cells = [format(count, ""), ...[mean, p50, p95, p99].map((value) => format(value, family.name))];
+  return make("tr", {}, makeName(family, labels), cells.map((text) => make("td", {}, text)));
+}
+
+function format(value, name) {
+  if (!Number.isFinite(value)) return "–";
+  if (name.endsWith("_seconds")) return value < 1 ? `${(value * 1000).toPrecision(3)} ms` : `${value.toPrecision(3)} s`;
+  if (name.endsWith("_ratio")) return `${(value * 100).toFixed(1)} %`;
+  if (name.endsWith("_bytes")) return `${(value / 2 ** 20).toFixed(1)} MiB`;
+  return value.toLocaleString("en", { maximumFractionDigits: 2 });
+}
+
+function makeCurve(values) {
+  const svg = document.createElementNS(SVG, "svg");
+  const line = document.createElementNS(SVG, "polyline");
+  const low = Math.min(0, ...values);
+  const span = Math.max(...values, low + 1e-9) - low;
+  const points = values.map((value, index) => `${(index + KEPT - values.length) * 2},${22 - ((value - low) / span) * 20}`);
+  line.setAttribute("points", points.join(" "));
+  svg.setAttribute("viewBox", `0 0 ${KEPT * 2} 24`);
+  svg.setAttribute("aria-hidden", "true");
+  svg.append(line);
+  return svg;
+}
