@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -68,7 +69,8 @@ def read_lines(stdin: TextIO, terminal: bool) -> Iterator[str]:
 
 def make_params(settings: ChatSettings, defaults: SamplingParams) -> SamplingParams:
     """What the settings say of sampling, and the package's own defaults for the rest."""
-    return SamplingParams(
+    return replace(
+        defaults,
         temperature=defaults.temperature if settings.temperature == -1 else settings.temperature,
         top_p=defaults.top_p if settings.top_p == -1 else settings.top_p,
         top_k=defaults.top_k if settings.top_k == -1 else settings.top_k,

@@ -52,6 +52,7 @@ class SamplingParams:
     presence_penalty    taken from the logits of tokens that the reply has
     frequency_penalty   the same, once for each time
     logit_bias        token id -> added to its logit; -100 bans it, 100 all but forces it
+    logprobs          report the log probability of each token, and of so many of the likeliest; None = do not
     seed              same seed, package and request = same tokens, whatever else is running; None = from the system
     max_tokens        end with "length" after so many tokens; None = what the context still holds
     stop              end with "stop" before any of these strings appears in the text
@@ -75,6 +76,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,12 +142,28 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token, its bytes `data` (part of a character, perhaps), its natural log probability, and the likeliest ones."""
+
+    token: int
+    data: bytes
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """The bytes as text; what is no UTF-8 becomes U+FFFD."""
+        return self.data.decode("utf-8", "replace")
+
+
+@dataclass(frozen=True, slots=True)
 class Output:
     """What one request has gained since its previous Output; joined together they are the reply.
 
     `text` may be empty while a character or a possible stop string is incomplete. `token_ids` are all sampled tokens,
     the one that ended the reply included. `usage` is the state so far, not a difference. The last Output of a request,
-    and only that, has a `finish_reason`; `error` is set when that is "error".
+    and only that, has a `finish_reason`; `error` is set when that is "error". `logprobs`, if they were asked for, are
+    of the tokens whose text is out: without end tokens and stop strings.
     """
 
     request_id: str
@@ -154,6 +172,7 @@ class Output:
     usage: Usage
     finish_reason: FinishReason | None = None
     error: EngineError | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 def join_outputs(first: Output, second: Output) -> Output:
@@ -165,6 +184,7 @@ def join_outputs(first: Output, second: Output) -> Output:
         second.usage,
         second.finish_reason,
         second.error,
+        first.logprobs + second.logprobs,
     )
 
 

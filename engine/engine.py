@@ -142,7 +142,9 @@ class Engine:
         for row, chunk in enumerate(c for c in chunks if c.samples):
             progress = self._requests[chunk.sequence.request_id]
             try:
-                picked.append(pick_token(progress.constrain(logits[row]), progress.request.params, progress.generator))
+                token = pick_token(progress.constrain(logits[row]), progress.request.params, progress.generator)
+                progress.record(logits[row], token)
+                picked.append(token)
             except Exception as error:
                 picked.append(error)
         return picked

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.core import FinishReason, Output, Request, Usage
+from engine.core import FinishReason, Output, Request, TokenLogprob, Usage
 from engine.errors import EngineError
+from engine.sampling.logprobs import LogprobQueue, make_logprob
 from engine.sampling.penalties import Penalties
 from engine.sampling.sampler import make_generator
 from engine.scheduler.policy import Sequence
@@ -25,6 +26,9 @@ class Progress:
         self._penalties = Penalties(params, request.prompt_tokens)
         self._constraint = None if params.grammar is None else params.grammar.start()
         self._stream = TextStream(tokenizer.decode, params.stop)
+        self._token_bytes = tokenizer.token_bytes
+        self._logprob: TokenLogprob | None = None  # of the token that is about to be accepted
+        self._logprobs = LogprobQueue()
         self._end_tokens = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             self._end_tokens |= tokenizer.end_tokens
@@ -51,6 +55,12 @@ class Progress:
         logits = self._penalties.apply(logits)
         return logits if self._constraint is None else self._constraint.mask(logits)
 
+    def record(self, logits: NDArray[np.float32], token: int) -> None:
+        """Keep the log probability of a token under the model's own logits [vocab], if that was asked for."""
+        count = self.request.params.logprobs
+        if count is not None:
+            self._logprob = make_logprob(logits, token, count, self._token_bytes.get)
+
     def accept(self, token: int, now: float) -> Output:
         """Take the next token; the Output says whether it was the last."""
         if self._constraint is not None:
@@ -65,6 +75,8 @@ class Progress:
         else:
             self.sequence.tokens.append(token)
             self._penalties.accept(token)
+            if self._logprob is not None:
+                self._logprobs.push(self._logprob, self._token_bytes.count_shown(token))
             text = self._stream.push(token)
             if self._stream.stopped or (self._constraint is not None and self._constraint.finished):
                 reason = "stop"
@@ -72,12 +84,14 @@ class Progress:
                 reason = "length"
         if reason is not None and not self._stream.stopped:
             text += self._stream.finish()
-        return Output(self.request.request_id, text, (token,), self._make_usage(), reason)
+        logprobs = self._logprobs.pop(text, last=reason is not None and not self._stream.stopped)
+        return Output(self.request.request_id, text, (token,), self._make_usage(), reason, logprobs=logprobs)
 
     def end(self, reason: FinishReason, error: EngineError | None = None) -> Output:
         """The last Output of a request that ends without another token."""
         text = self._stream.finish() if reason == "abort" else ""
-        return Output(self.request.request_id, text, (), self._make_usage(), reason, error)
+        logprobs = self._logprobs.pop(text, last=True)
+        return Output(self.request.request_id, text, (), self._make_usage(), reason, error, logprobs)
 
     def _make_usage(self) -> Usage:
         def since(start: float | None, end: float | None) -> float | None:

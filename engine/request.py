@@ -13,6 +13,7 @@ MAX_STOP_LENGTH = 256
 MAX_PRIORITY = 1000
 MAX_STOP_TOKENS = 256
 MAX_BIASES = 1024
+MAX_LOGPROBS = 20
 
 
 def check_request(request: Request, limits: Limits) -> None:
@@ -62,6 +63,7 @@ def _check_params(params: SamplingParams, limits: Limits) -> None:
         ("repetition_penalty", 0.01 <= params.repetition_penalty <= 100, "between 0.01 and 100; 1 is off"),
         ("presence_penalty", -2 <= params.presence_penalty <= 2, "between -2 and 2"),
         ("frequency_penalty", -2 <= params.frequency_penalty <= 2, "between -2 and 2"),
+        ("logprobs", params.logprobs is None or 0 <= params.logprobs <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}"),
         ("max_tokens", params.max_tokens is None or params.max_tokens >= 1, "1 or more"),
         ("seed", params.seed is None or -(2**63) <= params.seed < 2**64, "a 64-bit integer"),
     )

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from engine import core
-from engine.core import Output
+from engine.choices import Choices, add_usage
+from engine.core import Output, TokenLogprob
 from engine.errors import EngineError, EngineStopped
 from engine.reply import AsyncReply
-from engine.server.protocol.chat import ChatCompletion, Choice, PromptTokensDetails, ReplyMessage, Timings, Usage
+from engine.server.protocol.chat import (
+    ChatCompletion,
+    Choice,
+    ContentLogprob,
+    LikelyToken,
+    Logprobs,
+    PromptTokensDetails,
+    ReplyMessage,
+    Timings,
+    Usage,
+)
 from engine.server.protocol.errors import ErrorBody, make_engine_error
+
+LEAST_LOGPROB = -9999.0  # OpenAI's number for what cannot be; JSON has no infinity
 
 
 def make_usage(usage: core.Usage) -> Usage:
@@ -40,31 +56,57 @@ def get_failure(output: Output) -> ErrorBody | None:
     return None if error is None else make_engine_error(error)
 
 
+def make_logprobs(logprobs: Sequence[TokenLogprob]) -> Logprobs:
+    """Log probabilities in OpenAI's shape."""
+    content = [
+        ContentLogprob(**_make_token(chosen), top_logprobs=[LikelyToken(**_make_token(other)) for other in chosen.top])
+        for chosen in logprobs
+    ]
+    return Logprobs(content=content, refusal=None)
+
+
+def _make_token(logprob: TokenLogprob) -> dict[str, Any]:
+    return {"token": logprob.text, "logprob": max(logprob.logprob, LEAST_LOGPROB), "bytes": list(logprob.data)}
+
+
 async def collect(reply: AsyncReply) -> Output:
     """The whole reply as one Output. Raises EngineError when it broke off; aborts the request when cancelled."""
-    async with reply:
-        whole: Output | None = None
-        async for output in reply:
-            whole = output if whole is None else core.join_outputs(whole, output)
-    assert whole is not None, "a reply always ends with an Output"
-    error = find_error(whole)
-    if error is not None:
-        raise error
-    return whole
+    (output,) = await collect_all(Choices([reply]))
+    return output
 
 
-def make_completion(output: Output, *, id: str, created: int, model: str) -> ChatCompletion:
-    """The body of a reply that is not streamed. `created` is in seconds since 1970."""
-    message = ReplyMessage(role="assistant", content=output.text)
-    choice = Choice.model_validate(
-        {"index": 0, "message": message, "finish_reason": output.finish_reason, "logprobs": None}
-    )
+async def collect_all(choices: Choices) -> list[Output]:
+    """Each whole reply as one Output. Raises EngineError when one broke off; aborts all when cancelled."""
+    whole: dict[int, Output] = {}
+    async with choices:
+        async for index, output in choices:
+            whole[index] = core.join_outputs(whole[index], output) if index in whole else output
+            error = find_error(output)
+            if error is not None:
+                raise error
+    return [whole[index] for index in sorted(whole)]
+
+
+def make_completion(
+    outputs: Sequence[Output], *, id: str, created: int, model: str, logprobs: bool = False
+) -> ChatCompletion:
+    """The body of an answer that is not streamed, a choice for each output. `created` is in seconds since 1970."""
+    usage = add_usage([output.usage for output in outputs])
     return ChatCompletion(
         id=id,
         object="chat.completion",
         created=created,
         model=model,
-        choices=[choice],
-        usage=make_usage(output.usage),
-        timings=make_timings(output.usage),
+        choices=[make_choice(index, output, logprobs) for index, output in enumerate(outputs)],
+        usage=make_usage(usage),
+        timings=make_timings(usage),
+    )
+
+
+def make_choice(index: int, output: Output, logprobs: bool) -> Choice:
+    """One whole reply, with its log probabilities if they were asked for."""
+    message = ReplyMessage(role="assistant", content=output.text)
+    found = make_logprobs(output.logprobs) if logprobs else None
+    return Choice.model_validate(
+        {"index": index, "message": message, "finish_reason": output.finish_reason, "logprobs": found}
     )

@@ -1,12 +1,12 @@
-"""Server-sent events of one streamed chat reply.
+"""Server-sent events of a streamed chat answer, one reply or several (each chunk says of which it is).
 
     data: {... "delta": {"role": "assistant", "content": ""} ...}      at once, before any work
     data: {... "delta": {"content": "Hel"} ...}                        as text comes
     data: {... "delta": {}, "finish_reason": "stop" ..., "timings"}
-    data: {... "choices": [], "usage": {...}}                          with stream_options.include_usage
+    data: {... "choices": [], "usage": {...}}                          with stream_options.include_usage, when all ended
     data: [DONE]
 
-A reply that breaks off ends with `data: {"error": {...}}` instead of the finish, then [DONE].
+A reply that breaks off ends the stream, with `data: {"error": {...}}` instead of the finish, then [DONE].
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from engine.core import Output
-from engine.reply import AsyncReply
-from engine.server.completion import get_failure, make_timings, make_usage
-from engine.server.protocol.chat import ChatChunk, ChunkChoice, Delta, Timings
+from engine import core
+from engine.choices import Choices, add_usage
+from engine.server.completion import get_failure, make_logprobs, make_timings, make_usage
+from engine.server.protocol.chat import ChatChunk, ChunkChoice, Delta, Logprobs, Timings
 from engine.server.protocol.chat import Usage as WireUsage
 from engine.server.protocol.errors import ErrorBody
 
@@ -37,17 +37,25 @@ def make_event(body: ChatChunk | ErrorBody) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class ChunkMaker:
-    """Makes the chunks of one reply, which share their head. With `usage`, every chunk says null but the last one."""
+    """Makes the chunks of one answer, which share their head. With `usage`, every chunk says null but the last one."""
 
     id: str
     created: int
     model: str
     usage: bool
 
-    def make(self, delta: Delta, finish_reason: str | None = None, timings: Timings | None = None) -> ChatChunk:
+    def make(
+        self,
+        delta: Delta,
+        finish_reason: str | None = None,
+        timings: Timings | None = None,
+        *,
+        index: int = 0,
+        logprobs: Logprobs | None = None,
+    ) -> ChatChunk:
         """A chunk with a choice."""
         choice = ChunkChoice.model_validate(
-            {"index": 0, "delta": delta, "finish_reason": finish_reason, "logprobs": None}
+            {"index": index, "delta": delta, "finish_reason": finish_reason, "logprobs": logprobs}
         )
         extra: dict[str, object] = {"usage": None} if self.usage else {}
         return self._make([choice], extra if timings is None else {**extra, "timings": timings})
@@ -61,27 +69,32 @@ class ChunkMaker:
         return ChatChunk.model_validate({**head, "choices": choices, **extra})
 
 
-async def stream_events(reply: AsyncReply, chunks: ChunkMaker) -> AsyncGenerator[bytes, None]:
-    """The events of `reply`, which is aborted when this iterator is closed before its end."""
-    async with reply:
-        yield make_event(chunks.make(Delta(role="assistant", content="")))
-        async for output in reply:
-            if output.text:
-                yield make_event(chunks.make(Delta(content=output.text)))
-            if output.finish_reason is not None:
-                for event in _make_ending(output, chunks):
-                    yield event
+async def stream_events(choices: Choices, chunks: ChunkMaker) -> AsyncGenerator[bytes, None]:
+    """The events of `choices`, which are aborted when this iterator is closed before their end."""
+    async with choices:
+        async for body in stream_chunks(choices, chunks):
+            yield make_event(body)
     yield DONE
 
 
-def _make_ending(output: Output, chunks: ChunkMaker) -> list[bytes]:
-    failure = get_failure(output)
-    if failure is not None:
-        return [make_event(failure)]
-    ending = [make_event(chunks.make(Delta(), output.finish_reason, make_timings(output.usage)))]
+async def stream_chunks(choices: Choices, chunks: ChunkMaker) -> AsyncGenerator[ChatChunk | ErrorBody, None]:
+    """What the events say: chunks, and an error as the last when a reply has broken off."""
+    usages: dict[int, core.Usage] = {}
+    for index in range(len(choices)):
+        yield chunks.make(Delta(role="assistant", content=""), index=index)
+    async for index, output in choices:
+        usages[index] = output.usage
+        if output.text or output.logprobs:
+            logprobs = make_logprobs(output.logprobs) if output.logprobs else None
+            yield chunks.make(Delta(content=output.text), index=index, logprobs=logprobs)
+        failure = get_failure(output)
+        if failure is not None:
+            yield failure
+            return
+        if output.finish_reason is not None:
+            yield chunks.make(Delta(), output.finish_reason, make_timings(output.usage), index=index)
     if chunks.usage:
-        ending.append(make_event(chunks.make_usage(make_usage(output.usage))))
-    return ending
+        yield chunks.make_usage(make_usage(add_usage(list(usages.values()))))
 
 
 class EventStream(StreamingResponse):

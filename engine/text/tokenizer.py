@@ -15,6 +15,7 @@ import tokenizers
 
 from engine.errors import InvalidRequest, PackageInvalid
 from engine.text.template import ChatTemplate
+from engine.text.token_bytes import TokenBytes
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -30,6 +31,7 @@ class Tokenizer:
         self._backend = backend
         self.end_tokens = end_tokens
         self.template = template
+        self.token_bytes = TokenBytes(backend)
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
 
     @property

@@ -37,6 +37,8 @@ def test_a_taken_port_is_said_before_the_package_is_opened(monkeypatch: pytest.M
 
 
 def test_sampling_defaults_of_a_package(tmp_path: Path) -> None:
+    package = SimpleNamespace(chat_config=tmp_path / "chat.json", generation_config=tmp_path / "generation.json")
+
     def load(config: dict, generation: dict | None) -> tuple[float, float, int]:
         (tmp_path / "chat.json").write_text(json.dumps(config))
         (tmp_path / "generation.json").write_text(json.dumps(generation))
@@ -48,3 +50,6 @@ def test_sampling_defaults_of_a_package(tmp_path: Path) -> None:
     assert load({"temperature": 0.6, "top_p": 0.9}, {}) == (0.6, 0.9, 0)
     assert load({"temperature": 0.7, "top_p": 0.8}, {"do_sample": True, "top_k": 20}) == (0.7, 0.8, 20)
     assert load({"temperature": 1.0}, {"do_sample": False}) == (0.0, 1.0, 0)
+    assert load_defaults(package).repetition_penalty == 1.0
+    (tmp_path / "generation.json").write_text('{"repetition_penalty": 1.1}')
+    assert load_defaults(package).repetition_penalty == 1.1

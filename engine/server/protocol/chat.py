@@ -22,19 +22,18 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from engine.request import MAX_LOGPROBS
 from engine.server.protocol.structured import StructuredFields
 
 # Nothing is converted: "0.5" is not a number, 1 is not true, and NaN is nothing.
 REQUEST = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 MAX_MESSAGES = 2048
 MAX_TOOLS = 128
+MAX_CHOICES = 16
 
 # Known fields that ask for what this server cannot do, with the values that ask for nothing.
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
-    "n": (1,),
     "best_of": (1,),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "prompt_logprobs": (0,),
     "tool_choice": ("auto", "none"),
     "parallel_tool_calls": (True,),
@@ -189,10 +188,20 @@ class ChatRequest(StructuredFields):
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     seed: int | None = None
+    n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     tools: list[Tool] | None = Field(default=None, max_length=MAX_TOOLS)
     tool_choice: Any = None  # "auto", "none"; see UNSUPPORTED
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _check_top_logprobs(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value and not info.data.get("logprobs"):
+            raise PydanticCustomError("invalid_value", "top_logprobs goes only with logprobs=true")
+        return value
 
     @field_validator("stream_options")
     @classmethod
@@ -243,13 +252,34 @@ class ReplyMessage(BaseModel):
     content: str
 
 
+class LikelyToken(BaseModel):
+    """A token as text, as bytes, and its natural log probability, which is not below -9999."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ContentLogprob(LikelyToken):
+    """One token of the reply, and the likeliest ones in its place."""
+
+    top_logprobs: list[LikelyToken]
+
+
+class Logprobs(BaseModel):
+    """The log probabilities of the content, or of the piece of it in a chunk."""
+
+    content: list[ContentLogprob]
+    refusal: None
+
+
 class Choice(BaseModel):
-    """One reply; there is always one."""
+    """One reply; there are `n`."""
 
     index: int
     message: ReplyMessage
     finish_reason: Literal["stop", "length"]
-    logprobs: None
+    logprobs: Logprobs | None
 
 
 class ChatCompletion(BaseModel):
@@ -272,12 +302,12 @@ class Delta(BaseModel):
 
 
 class ChunkChoice(BaseModel):
-    """The one choice of a chunk."""
+    """What a chunk adds to one choice."""
 
     index: int
     delta: Delta
     finish_reason: Literal["stop", "length"] | None
-    logprobs: None
+    logprobs: Logprobs | None
 
 
 class ChatChunk(BaseModel):

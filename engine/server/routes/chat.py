@@ -7,14 +7,16 @@ import time
 import uuid
 from collections.abc import Coroutine
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, Request, Response
 
+from engine.choices import start_choices
 from engine.core import SamplingParams
 from engine.errors import InvalidRequest
 from engine.model import LoadedModel
-from engine.server.completion import collect, make_completion
+from engine.server.completion import collect_all, make_completion
 from engine.server.limits import check_prompt_length
 from engine.server.protocol.chat import ChatCompletion, ChatRequest
 from engine.server.protocol.errors import ErrorBody
@@ -44,14 +46,15 @@ async def create_chat_completion(
     tokens = await asyncio.to_thread(make_prompt, body, model)
     params = await asyncio.to_thread(make_params, body, model)
     name, created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
-    reply = model.engine.stream(tokens, params, request_id=name)
+    choices = start_choices(partial(model.engine.stream, tokens), params, body.n or 1, name)
     if body.stream:
         usage = body.stream_options is not None and body.stream_options.include_usage
-        return EventStream(stream_events(reply, ChunkMaker(name, created, model.name, usage)))
-    output = await run_while_connected(request, collect(reply))
-    if output is None:
+        return EventStream(stream_events(choices, ChunkMaker(name, created, model.name, usage)))
+    outputs = await run_while_connected(request, collect_all(choices))
+    if outputs is None:
         return Response(status_code=CLIENT_LEFT)
-    completion = make_completion(output, id=name, created=created, model=model.name)
+    logprobs = bool(body.logprobs)
+    completion = make_completion(outputs, id=name, created=created, model=model.name, logprobs=logprobs)
     return Response(completion.model_dump_json(), media_type="application/json")
 
 
@@ -81,6 +84,8 @@ def make_params(body: ChatRequest, model: LoadedModel) -> SamplingParams:
     """
     given: dict[str, Any] = {name: value for name in SAME if (value := getattr(body, name)) is not None}
     given |= {name: tuple(value) for name in ("stop", "stop_token_ids") if (value := getattr(body, name))}
+    if body.logprobs:
+        given["logprobs"] = body.top_logprobs or 0
     if body.max_completion_tokens is not None:
         given["max_tokens"] = body.max_completion_tokens
     wanted = make_output_grammar(body)
