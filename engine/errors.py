@@ -9,9 +9,10 @@
     ├── EngineStopped           503  the engine is shutting down or has died
     ├── DeadlineExceeded        504  a reply has taken longer than its request allows
     ├── InvalidSetting               a setting that does not exist or a value that does not fit it
+    ├── DoesNotFit                   weights and KV cache together want more memory than they may take
     └── CannotListen                 the server's address is taken or not ours
 
-The last two are for whoever starts the server, and never reach a client.
+The last three are for whoever starts the server, and never reach a client.
 """
 
 from __future__ import annotations
@@ -74,6 +75,10 @@ class DeadlineExceeded(EngineError):
 
 class InvalidSetting(EngineError):
     """A setting that does not exist, or a value that does not fit it."""
+
+
+class DoesNotFit(EngineError):
+    """Weights, workspace and KV cache together want more memory than they may take."""
 
 
 class CannotListen(EngineError):

@@ -20,6 +20,7 @@ from typing import Any
 from engine.core import Limits, Output, SamplingParams, Stats, join_outputs
 from engine.engine import Engine
 from engine.reply import Reply
+from engine.runtime.memory import Budget
 from engine.text.tokenizer import Tokenizer, load_tokenizer
 from engine.thread import DEFAULT_QUEUE_LIMIT, EngineThread
 
@@ -27,15 +28,26 @@ from engine.thread import DEFAULT_QUEUE_LIMIT, EngineThread
 class LLM:
     """Opens a package and loads it into a thread of its own; usable from several threads at once.
 
-    `max_tokens` bounds the KV cache, in positions over all sequences (None: the executor's choice); `queue_limit` is
-    the number of requests that may wait. All requests run together: start several with `stream`, then read each.
-    Raises PackageInvalid for a package that this machine cannot run.
+    `mode` (local, interactive, server), `kv_tokens` and `memory_fraction` decide how many requests run at once and how
+    large the KV cache is: see engine.runtime.memory. `prefix_cache`: whether requests read what earlier ones that
+    begin alike have computed. `queue_limit` is the number of requests that may wait. All requests run together: start
+    several with `stream`, then read each.
+    Raises PackageInvalid for a package that this machine cannot run, DoesNotFit when its memory is too small.
     """
 
     def __init__(
-        self, path: str | Path, *, max_tokens: int | None = None, queue_limit: int = DEFAULT_QUEUE_LIMIT
+        self,
+        path: str | Path,
+        *,
+        mode: str = "local",
+        kv_tokens: int | None = None,
+        memory_fraction: float = 0.85,
+        prefix_cache: bool = True,
+        queue_limit: int = DEFAULT_QUEUE_LIMIT,
     ) -> None:
-        self.thread = EngineThread(make_package_engine(Path(path), max_tokens=max_tokens), queue_limit=queue_limit)
+        budget = Budget(mode, kv_tokens, memory_fraction)
+        make = make_package_engine(Path(path), budget, prefix_cache=prefix_cache)
+        self.thread = EngineThread(make, queue_limit=queue_limit)
         self._finalizer = weakref.finalize(self, self.thread.close)
 
     @property
@@ -92,7 +104,7 @@ class LLM:
         self.close()
 
 
-def make_package_engine(path: Path, *, max_tokens: int | None = None) -> Callable[[], Engine]:
+def make_package_engine(path: Path, budget: Budget, *, prefix_cache: bool = True) -> Callable[[], Engine]:
     """What EngineThread takes: a function that opens the package, on the thread that calls it, and loads TVM."""
 
     def make() -> Engine:
@@ -101,7 +113,7 @@ def make_package_engine(path: Path, *, max_tokens: int | None = None) -> Callabl
 
         package = open_package(path)
         tokenizer = load_tokenizer(package.root)
-        return Engine(TvmExecutor(package, max_tokens), tokenizer)
+        return Engine(TvmExecutor(package, budget), tokenizer, prefix_cache=prefix_cache)
 
     return make
 

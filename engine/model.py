@@ -10,6 +10,7 @@ from pathlib import Path
 from engine.artifact import Package, open_package
 from engine.core import SamplingParams
 from engine.llm import make_package_engine
+from engine.runtime.memory import Budget
 from engine.thread import DEFAULT_QUEUE_LIMIT, EngineThread
 
 
@@ -28,17 +29,22 @@ class LoadedModel:
 
 
 def load_model(
-    path: Path, *, name: str = "", kv_tokens: int = 0, queue_limit: int = DEFAULT_QUEUE_LIMIT
+    path: Path,
+    budget: Budget,
+    *,
+    name: str = "",
+    prefix_cache: bool = True,
+    queue_limit: int = DEFAULT_QUEUE_LIMIT,
 ) -> LoadedModel:
     """Open the package in folder `path` and start its engine.
 
-    `name` defaults to the model part of the variant; `kv_tokens` bounds the KV cache over all requests, 0 leaves it to
-    the executor. Raises PackageInvalid for a package that this machine cannot run.
+    `name` defaults to the model part of the variant; `budget` says what memory it may take. Raises PackageInvalid for a
+    package that this machine cannot run, DoesNotFit when its memory is too small.
     """
     package = open_package(path)
     variant = package.manifest.variant
     defaults = load_defaults(package)
-    engine = EngineThread(make_package_engine(path, max_tokens=kv_tokens or None), queue_limit=queue_limit)
+    engine = EngineThread(make_package_engine(path, budget, prefix_cache=prefix_cache), queue_limit=queue_limit)
     return LoadedModel(name or variant.split("/")[0], variant, int(time.time()), engine, defaults)
 
 

@@ -35,7 +35,8 @@ def run_terminal(package: Path, variables: Mapping[str, str]) -> None:
     with end_on_signal():  # importing and loading take a while, too
         from engine.chat import run_chat
         from engine.model import load_model
+        from engine.runtime.memory import Budget
 
-        model = load_model(package, kv_tokens=settings.kv_tokens)
+        model = load_model(package, Budget(settings.mode, settings.kv_tokens or None, settings.memory_fraction))
         with contextlib.closing(model.engine):
             run_chat(model, settings)

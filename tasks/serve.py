@@ -33,13 +33,15 @@ def run_serve(package: Path, variables: Mapping[str, str]) -> None:
 
     with end_on_signal():  # importing and loading take a while, too
         from engine.model import load_model
+        from engine.runtime.memory import Budget
         from engine.server.serve import run_server
 
         load = functools.partial(
             load_model,
             package,
+            Budget(settings.mode, settings.kv_tokens or None, settings.memory_fraction),
             name=settings.model_name,
-            kv_tokens=settings.kv_tokens,
+            prefix_cache=bool(settings.prefix_cache),
             queue_limit=settings.max_queue,
         )
         run_server(load, settings, functools.partial(print, flush=True))

@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.artifact import Library, Package, load_weights_index
-from engine.core import Batch, Limits
+from engine.core import Batch
 from engine.errors import PackageInvalid
+from engine.runtime.memory import Budget, get_free_memory, make_library_limits, make_limits
 
 HUGE_PAGE = 1 << 21
 ALIGNMENT = 64
@@ -27,11 +28,12 @@ ALIGNMENT = 64
 class TvmExecutor:
     """Runs batches on a CPU package; see engine.runtime.executor.Executor.
 
-    `max_tokens` bounds the KV cache in positions over all sequences (default: one full context, at least 8,192).
-    Raises PackageInvalid for a library that is not what its manifest says or that this executor cannot drive.
+    `budget` decides what it may hold; None: all that the library takes, and pages for one full context (at least 8,192
+    positions). Raises PackageInvalid for a library that is not what its manifest says or that this executor cannot
+    drive, and DoesNotFit for a budget that this machine's memory does not allow.
     """
 
-    def __init__(self, package: Package, max_tokens: int | None = None) -> None:
+    def __init__(self, package: Package, budget: Budget | None = None) -> None:
         os.environ.setdefault("TVM_NUM_THREADS", str(count_cores()))  # read once; TVM alone would take half
         from tvm import relax, runtime
 
@@ -47,7 +49,10 @@ class TvmExecutor:
         self._functions = {name: self._machine[name] for name in ("embed", "batch_prefill", "batch_decode")}
         self._weights = _map_weights(package)
         self._params = [runtime.from_dlpack(self._weights[p.name]) for p in library.params]
-        self.limits = make_limits(library, max_tokens)
+        if budget is None:
+            self.limits = make_library_limits(library)
+        else:
+            self.limits = make_limits(library, self.weight_bytes, budget, get_free_memory())
         kv = library.kv
         shape = (kv.layers, self.limits.num_pages, 2, kv.kv_heads, kv.page_size, kv.head_dim)
         self._pages: NDArray[Any] | None = make_aligned(shape, np.dtype(kv.dtype))
@@ -108,20 +113,6 @@ class TvmExecutor:
 def count_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-
-
-def make_limits(library: Library, max_tokens: int | None) -> Limits:
-    """Limits of the library, with pages for `max_tokens` positions (rounded up)."""
-    context, page = library.limits.context_window, library.kv.page_size
-    tokens = max(context, 8192) if max_tokens is None else max(max_tokens, page)
-    return Limits(
-        context_window=min(context, math.ceil(tokens / page) * page),
-        prefill_chunk=library.limits.prefill_chunk,
-        max_batch=library.limits.max_batch,
-        page_size=page,
-        num_pages=math.ceil(tokens / page),
-        vocab_size=library.vocab_size,
-    )
 
 
 def make_aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:

@@ -38,7 +38,10 @@ class ServerSettings:
     port: int = _setting(8000, "TCP port to listen on; 0 takes any free one")
     model_name: str = _setting("", "what clients call the model; default: the model's name, e.g. tiny")
     max_queue: int = _setting(128, "requests that may wait for the engine; one more is refused with 429")
-    kv_tokens: int = _setting(0, "tokens that the KV cache holds, over all requests; 0 = what the engine thinks fit")
+    mode: str = _setting("local", "local = 4 requests at once; interactive = 1; server = many, and most of the memory")
+    kv_tokens: int = _setting(0, "tokens that the KV cache holds, over all requests; 0 = what the mode says")
+    memory_fraction: float = _setting(0.85, "of the free memory, what the engine may take at most")
+    prefix_cache: int = _setting(1, "1 = prompts that begin as earlier ones did re-use their pages; 0 = off")
     api_key: str = _setting("", "keys, with commas between them; clients must send one of them for all but /health")
     api_key_file: str = _setting("", "file with more keys, one a line; lines that start with # are comments")
     cors: str = _setting("", "origins whose web pages may ask, with commas between them; * = all; default: none")
@@ -58,7 +61,9 @@ class ChatSettings:
     top_k: int = _setting(-1, "keep this many of the likeliest tokens, 0 = all; -1 = what the package says")
     seed: int = _setting(-1, "the same seed gives the same replies; -1 = another every time")
     max_tokens: int = _setting(0, "end a reply after so many tokens; 0 = what the context holds")
-    kv_tokens: int = _setting(0, "tokens that the KV cache holds; 0 = what the engine thinks fit")
+    mode: str = _setting("interactive", "interactive = one full context; local = less memory")
+    kv_tokens: int = _setting(0, "tokens that the KV cache holds; 0 = what the mode says")
+    memory_fraction: float = _setting(0.85, "of the free memory, what the engine may take at most")
 
 
 S = TypeVar("S", ServerSettings, ChatSettings)
@@ -68,6 +73,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "port": (0, 65535),
     "max_queue": (0, 1_000_000),
     "kv_tokens": (0, 1 << 40),
+    "prefix_cache": (0, 1),
     "max_tokens": (0, 1 << 40),
     "max_body_bytes": (1024, 1 << 30),
     "max_prompt_chars": (1, 1 << 30),

@@ -1,0 +1,172 @@
+"""How much of the machine's memory the KV cache gets: decided once, before it is allocated.
+
+    mode            sequences at once        positions of all together
+    local           4                        4 contexts, at most 8,192
+    interactive     1                        1 context
+    server          what the library takes   as many contexts
+
+Always less than what fits: a fraction of the memory that is free, without the weights and the workspace of the kernels.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from engine.artifact import Library
+from engine.core import Limits
+from engine.errors import DoesNotFit, InvalidSetting
+
+Mode = Literal["local", "interactive", "server"]
+MODES: tuple[str, ...] = get_args(Mode)
+LOCAL_BATCH = 4
+LOCAL_TOKENS = 8192
+CONTEXT_AT_LEAST = 8192  # positions when nobody has set a budget
+ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+CGROUP = Path("/sys/fs/cgroup")
+MEMINFO = Path("/proc/meminfo")
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What whoever starts the engine wants. `kv_tokens`: positions of the KV cache instead of those of `mode`.
+
+    `memory_fraction`: of the free memory, what weights, workspace and KV cache may take together. Raises InvalidSetting
+    for values that mean nothing.
+    """
+
+    mode: str = "local"
+    kv_tokens: int | None = None
+    memory_fraction: float = 0.85
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise InvalidSetting(f"mode={self.mode}: there is no such mode", hint=f"give {', '.join(MODES)}")
+        if not 0 < self.memory_fraction <= 1:
+            raise InvalidSetting(
+                f"memory_fraction={self.memory_fraction:g}: out of range", hint="give more than 0, at most 1"
+            )
+        if self.kv_tokens is not None and self.kv_tokens < 1:
+            raise InvalidSetting(f"kv_tokens={self.kv_tokens}: out of range", hint="give 1 or more")
+
+
+def make_library_limits(library: Library) -> Limits:
+    """All that the library takes and one full context, at least 8,192 positions: for whoever drives an executor."""
+    return _make_limits(library, library.limits.max_batch, max(library.limits.context_window, CONTEXT_AT_LEAST))
+
+
+def make_limits(library: Library, weight_bytes: int, budget: Budget, free_bytes: int) -> Limits:
+    """Limits within `budget` on a machine with `free_bytes`.
+
+    Raises DoesNotFit when what was asked for does not fit, or when not even one chunk of a prompt does.
+    """
+    fits = _count_fitting(library, weight_bytes, budget.memory_fraction, free_bytes)
+    batch = _get_batch(library, budget.mode)
+    most = budget.kv_tokens or _get_tokens(library, budget.mode)
+    least = budget.kv_tokens or min(library.limits.prefill_chunk, most)
+    if fits < least:
+        raise _make_refusal(library, weight_bytes, budget, free_bytes, least, fits)
+    return _make_limits(library, batch, most if budget.kv_tokens else min(most, fits))
+
+
+def get_free_memory() -> int:
+    """Bytes that this process could take: of the machine, and of its container if that has a limit."""
+    return min([_get_machine_memory(), *_get_container_memory()])
+
+
+def get_token_bytes(library: Library) -> int:
+    """Bytes of one position of the KV cache: key and value, in all layers."""
+    kv = library.kv
+    return kv.layers * 2 * kv.kv_heads * kv.head_dim * ITEM_BYTES[kv.dtype]
+
+
+def _get_batch(library: Library, mode: str) -> int:
+    most = library.limits.max_batch
+    return {"local": min(LOCAL_BATCH, most), "interactive": 1, "server": most}[mode]
+
+
+def _get_tokens(library: Library, mode: str) -> int:
+    tokens = _get_batch(library, mode) * library.limits.context_window
+    return min(tokens, LOCAL_TOKENS) if mode == "local" else tokens
+
+
+def _get_workspace(library: Library) -> int:
+    """The greatest of all functions, twice: results of one call live while the next one runs."""
+    return 2 * max(library.memory.values(), default=0)
+
+
+def _count_fitting(library: Library, weight_bytes: int, fraction: float, free_bytes: int) -> int:
+    """Positions, whole pages, that fit beside weights and workspace."""
+    left = int(free_bytes * fraction) - weight_bytes - _get_workspace(library)
+    page = library.kv.page_size
+    return max(0, left) // get_token_bytes(library) // page * page
+
+
+def _make_limits(library: Library, batch: int, tokens: int) -> Limits:
+    page = library.kv.page_size
+    pages = -(-tokens // page)
+    return Limits(
+        context_window=min(library.limits.context_window, pages * page),
+        prefill_chunk=library.limits.prefill_chunk,
+        max_batch=batch,
+        page_size=page,
+        num_pages=pages,
+        vocab_size=library.vocab_size,
+    )
+
+
+def _make_refusal(
+    library: Library, weight_bytes: int, budget: Budget, free_bytes: int, tokens: int, fits: int
+) -> DoesNotFit:
+    """What is missing, and the three settings that one could change, each with the value that it would need."""
+    workspace, cache = _get_workspace(library), tokens * get_token_bytes(library)
+    needed = weight_bytes + workspace + cache
+    fraction = -(-100 * needed // max(free_bytes, 1)) / 100
+    smallest = min(MODES, key=lambda mode: _get_tokens(library, mode))
+    least = min(library.limits.prefill_chunk, _get_tokens(library, smallest))
+    allowed = int(free_bytes * budget.memory_fraction)
+    return DoesNotFit(
+        f"a KV cache of {tokens} tokens does not fit: weights {_show(weight_bytes)}, workspace {_show(workspace)} and "
+        f"cache {_show(cache)} are {_show(needed)}, and {_show(allowed)} are allowed "
+        f"(memory_fraction={budget.memory_fraction:g} of {_show(free_bytes)} free)",
+        hint=f"change one of kv_tokens={fits} (all that fits), "
+        f"memory_fraction={fraction:.2f} ({'enough for this' if fraction <= 1 else 'more than there is'}), "
+        f"mode={smallest} without kv_tokens (needs {least} tokens or more, takes up to "
+        f"{_get_tokens(library, smallest)})",
+    )
+
+
+def _show(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 1 << 30 else f"{nbytes / 2**20:.0f} MiB"
+
+
+def _get_machine_memory() -> int:
+    if MEMINFO.exists():
+        return 1024 * _read_table(MEMINFO)["MemAvailable:"]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _get_container_memory() -> list[int]:
+    """What the limits of control groups (version 2, then 1) leave; cached files can be dropped, so they are free."""
+    left = []
+    for folder, limit, used, cached in (
+        (CGROUP, "memory.max", "memory.current", "inactive_file"),
+        (CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:
+            most, now = ((folder / name).read_text().strip() for name in (limit, used))
+            files = _read_table(folder / "memory.stat")[cached]
+        except (OSError, KeyError):
+            continue
+        if most != "max":
+            left.append(max(0, int(most) - int(now) + files))
+    return left
+
+
+def _read_table(path: Path) -> Mapping[str, int]:
+    """Lines of a name and a number."""
+    rows = (line.split() for line in path.read_text().splitlines())
+    return {row[0]: int(row[1]) for row in rows if len(row) > 1}
