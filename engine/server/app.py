@@ -13,7 +13,7 @@ from engine.model import LoadedModel
 from engine.server.auth import KeyCheck
 from engine.server.errors import add_error_handlers
 from engine.server.limits import Admission, BodyLimit
-from engine.server.routes import chat, completions, health, models, tokens
+from engine.server.routes import chat, completions, health, messages, models, tokens
 from engine.server.routes.page import make_page_router
 from engine.server.settings import ServerSettings, split_list
 from engine.server.trace import RequestId
@@ -34,7 +34,7 @@ def make_app(
     app.state.model = model
     app.state.settings = settings
     app.state.draining = False
-    for route in (chat, completions, health, models, tokens):
+    for route in (chat, completions, health, messages, models, tokens):
         app.include_router(route.router)
     app.include_router(make_page_router(static))
     add_error_handlers(app)

@@ -1,4 +1,7 @@
-"""Turns every exception into OpenAI's error body: 400 (never 422), 404, 405, the engine's own, and a silent 500."""
+"""Turns every exception into OpenAI's error body: 400 (never 422), 404, 405, the engine's own, and a silent 500.
+
+Below /v1/messages it is Anthropic's.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from starlette.types import Scope
 
 from engine.errors import EngineError
 from engine.server.protocol.errors import INTERNAL, ErrorBody, make_engine_error, make_error, make_validation_error
+from engine.server.protocol.messages import make_anthropic_error
 
 RETRY_AFTER = 1  # seconds
 REQUEST_ID = "mlcbuild.request_id"  # where the id of a request is in its ASGI scope
@@ -65,4 +69,6 @@ def make_answer(
 
 def _answer(scope: Scope, status: int, body: ErrorBody) -> JSONResponse:
     headers = {"Retry-After": str(RETRY_AFTER)} if status in (429, 503) else None
-    return JSONResponse(body.model_dump(), status_code=status, headers=headers)
+    if scope["path"].startswith("/v1/messages"):
+        return JSONResponse(make_anthropic_error(status, body, scope.get(REQUEST_ID)), status, headers)
+    return JSONResponse(body.model_dump(), status, headers)

@@ -1,0 +1,99 @@
+"""POST /v1/messages, streamed or whole, and /v1/messages/count_tokens: Anthropic's protocol over the same engine."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncGenerator
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request, Response
+from fastapi.responses import JSONResponse
+
+from engine.core import SamplingParams, Usage
+from engine.model import LoadedModel
+from engine.reply import AsyncReply
+from engine.server.completion import find_error
+from engine.server.limits import check_prompt_length
+from engine.server.protocol.chat import ChatRequest
+from engine.server.protocol.errors import make_engine_error
+from engine.server.protocol.messages import (
+    CountRequest,
+    MessagesRequest,
+    make_anthropic_error,
+    make_chat,
+    make_ending,
+    make_message,
+    make_usage,
+)
+from engine.server.routes.chat import CLIENT_LEFT, check_supported, make_params, make_prompt, run_while_connected
+from engine.server.routes.completions import collect_all
+from engine.server.sse import EventStream
+from engine.server.state import check_model_name, get_model, get_settings
+from engine.server.translate import check_chat, make_named_event
+
+router = APIRouter()
+Model = Annotated[LoadedModel, Depends(get_model)]
+
+
+@router.post("/v1/messages", response_model=dict[str, Any])
+async def create_message(body: MessagesRequest, request: Request, model: Model) -> Response:
+    """Continue a conversation."""
+    chat = await check(body, request, model)
+    tokens = await asyncio.to_thread(make_prompt, chat, model)
+    params = await asyncio.to_thread(make_params, chat, model)
+    name = f"msg_{uuid.uuid4().hex}"
+    reply = model.engine.stream(tokens, params, request_id=name)
+    if body.stream:
+        return EventStream(stream_events(reply, name, model, params, len(tokens)))
+    outputs = await run_while_connected(request, collect_all([reply]))
+    if outputs is None:
+        return Response(status_code=CLIENT_LEFT)
+    (output,) = outputs
+    ending = make_ending(output.finish_reason, model.engine.tokenizer.decode(output.token_ids), params.stop)
+    return JSONResponse(make_message(name, model.name, output.text, ending, output.usage))
+
+
+@router.post("/v1/messages/count_tokens")
+async def count_tokens(body: CountRequest, request: Request, model: Model) -> dict[str, int]:
+    """How many tokens the prompt of such a message has."""
+    chat = await check(body, request, model)
+    tokens = await asyncio.to_thread(make_prompt, chat, model)
+    return {"input_tokens": len(tokens)}
+
+
+async def check(body: CountRequest, request: Request, model: LoadedModel) -> ChatRequest:
+    """The request as a chat. Raises UnknownModel, and InvalidRequest for what could only be ignored."""
+    check_model_name(body.model, model)
+    chat = check_chat(make_chat(body))
+    check_supported(chat)
+    check_prompt_length(sum(len(m.content or "") for m in chat.messages), get_settings(request).max_prompt_chars)
+    return chat
+
+
+async def stream_events(
+    reply: AsyncReply, name: str, model: LoadedModel, params: SamplingParams, prompt_tokens: int
+) -> AsyncGenerator[bytes, None]:
+    """The events of `reply`, which is aborted when this iterator is closed before its end."""
+    async with reply:
+        nothing = make_ending(None, "", ())
+        empty = make_message(name, model.name, None, nothing, Usage(prompt_tokens))
+        yield make_named_event("message_start", {"message": empty})
+        yield make_named_event("content_block_start", {"index": 0, "content_block": {"type": "text", "text": ""}})
+        yield make_named_event("ping", {})
+        sampled: list[int] = []
+        async for output in reply:
+            sampled += output.token_ids
+            if output.text:
+                delta = {"type": "text_delta", "text": output.text}
+                yield make_named_event("content_block_delta", {"index": 0, "delta": delta})
+            error = find_error(output)
+            if error is not None:
+                failure = make_anthropic_error(error.status, make_engine_error(error), None)
+                yield make_named_event("error", failure)
+                return
+            if output.finish_reason is not None:
+                ending = make_ending(output.finish_reason, model.engine.tokenizer.decode(sampled), params.stop)
+                yield make_named_event("content_block_stop", {"index": 0})
+                yield make_named_event("message_delta", {"delta": ending, "usage": make_usage(output.usage)})
+                yield make_named_event("message_stop", {})
