@@ -10,6 +10,7 @@ from pathlib import Path
 from engine.artifact import Package, open_package
 from engine.core import SamplingParams
 from engine.llm import make_package_engine
+from engine.text.calls import Shape, load_shape
 from engine.runtime.memory import Budget
 from engine.thread import DEFAULT_QUEUE_LIMIT, EngineThread
 
@@ -18,7 +19,8 @@ from engine.thread import DEFAULT_QUEUE_LIMIT, EngineThread
 class LoadedModel:
     """What the server and the terminal chat work with. Whoever loads it closes `engine`.
 
-    `name` is what clients call it, `variant` the id of its package, `created` seconds since 1970.
+    `name` is what clients call it, `variant` the id of its package, `created` seconds since 1970. `shape` is how it
+    spells tool calls, None if it cannot call tools.
     """
 
     name: str
@@ -26,6 +28,7 @@ class LoadedModel:
     created: int
     engine: EngineThread
     defaults: SamplingParams
+    shape: Shape | None = None
 
 
 def load_model(
@@ -44,8 +47,10 @@ def load_model(
     package = open_package(path)
     variant = package.manifest.variant
     defaults = load_defaults(package)
+    tool_format = package.manifest.recipes["model"]["chat"]["tool_format"]
+    shape = None if tool_format is None else load_shape(tool_format)
     engine = EngineThread(make_package_engine(path, budget, prefix_cache=prefix_cache), queue_limit=queue_limit)
-    return LoadedModel(name or variant.split("/")[0], variant, int(time.time()), engine, defaults)
+    return LoadedModel(name or variant.split("/")[0], variant, int(time.time()), engine, defaults, shape)
 
 
 def load_defaults(package: Package) -> SamplingParams:

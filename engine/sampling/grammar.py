@@ -177,10 +177,10 @@ def make_json_grammar(schema: Mapping[str, Any] | None = None, *, param: str = "
     return "start: " + make_json_rule({"type": "object"} if schema is None else schema, param=param)
 
 
-def make_json_rule(schema: Mapping[str, Any], *, param: str) -> str:
-    """As make_json_grammar, as the right side of a rule in Lark."""
+def make_json_rule(schema: Mapping[str, Any], *, param: str, lenient: bool = False) -> str:
+    """As make_json_grammar, as the right side of a rule in Lark. `lenient`: let go of keywords that are not known."""
     check_schema(schema, param)
-    text = json.dumps({**schema, "x-guidance": SPACING})
+    text = json.dumps({**schema, "x-guidance": {**SPACING, "lenient": lenient}})
     if len(text) > MAX_BYTES:
         raise _refuse(f"its schema is longer than {MAX_BYTES} bytes", param)
     return f"%json {text}"

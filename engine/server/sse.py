@@ -24,6 +24,9 @@ from engine.server.completion import get_failure, make_logprobs, make_timings, m
 from engine.server.protocol.chat import ChatChunk, ChunkChoice, Delta, Logprobs, Timings
 from engine.server.protocol.chat import Usage as WireUsage
 from engine.server.protocol.errors import ErrorBody
+from engine.server.protocol.tools import make_call_delta
+from engine.text.calls import Piece, Shape
+from engine.text.reading import ReplyReader
 
 DONE = b"data: [DONE]\n\n"
 # Line ends to some clients, and legal within a JSON string; JSON escapes all other line ends by itself.
@@ -69,32 +72,47 @@ class ChunkMaker:
         return ChatChunk.model_validate({**head, "choices": choices, **extra})
 
 
-async def stream_events(choices: Choices, chunks: ChunkMaker) -> AsyncGenerator[bytes, None]:
-    """The events of `choices`, which are aborted when this iterator is closed before their end."""
+async def stream_events(
+    choices: Choices, chunks: ChunkMaker, shape: Shape | None = None
+) -> AsyncGenerator[bytes, None]:
+    """The events of `choices`, which are aborted when this iterator is closed before their end.
+
+    `shape`: how tool calls are spelled in them; None when there can be none.
+    """
     async with choices:
-        async for body in stream_chunks(choices, chunks):
+        async for body in stream_chunks(choices, chunks, shape):
             yield make_event(body)
     yield DONE
 
 
-async def stream_chunks(choices: Choices, chunks: ChunkMaker) -> AsyncGenerator[ChatChunk | ErrorBody, None]:
+async def stream_chunks(
+    choices: Choices, chunks: ChunkMaker, shape: Shape | None
+) -> AsyncGenerator[ChatChunk | ErrorBody, None]:
     """What the events say: chunks, and an error as the last when a reply has broken off."""
     usages: dict[int, core.Usage] = {}
+    readers = [ReplyReader(shape) for _ in range(len(choices))]
     for index in range(len(choices)):
         yield chunks.make(Delta(role="assistant", content=""), index=index)
     async for index, output in choices:
         usages[index] = output.usage
-        if output.text or output.logprobs:
-            logprobs = make_logprobs(output.logprobs) if output.logprobs else None
-            yield chunks.make(Delta(content=output.text), index=index, logprobs=logprobs)
+        logprobs = make_logprobs(output.logprobs) if output.logprobs else None
+        deltas = [make_delta(piece) for piece in readers[index].read(output)]
+        for delta in deltas or ([Delta(content="")] if logprobs else []):
+            yield chunks.make(delta, index=index, logprobs=logprobs)
+            logprobs = None  # said once
         failure = get_failure(output)
         if failure is not None:
             yield failure
             return
         if output.finish_reason is not None:
-            yield chunks.make(Delta(), output.finish_reason, make_timings(output.usage), index=index)
+            yield chunks.make(Delta(), readers[index].get_finish(output), make_timings(output.usage), index=index)
     if chunks.usage:
         yield chunks.make_usage(make_usage(add_usage(list(usages.values()))))
+
+
+def make_delta(piece: Piece) -> Delta:
+    """What a chunk says of a piece of the reply."""
+    return Delta(content=piece.text) if piece.kind == "content" else Delta(tool_calls=[make_call_delta(piece)])
 
 
 class EventStream(StreamingResponse):

@@ -7,7 +7,7 @@ The last user message decides:
     unusable            logits that are not numbers: this request fails
     crash               the executor fails, and the engine with it
     say ...             the rest of the message, as it is
-    prompt              the rendered conversation, as the engine got it; <|im_end|> is <im_end|>
+    prompt              the rendered conversation, as the engine got it; <|im_end|> is <im_end|>, <tool_call> <call>
     anything else       "You said: " and the message
 """
 
@@ -23,6 +23,7 @@ from engine.core import Limits, SamplingParams
 from engine.engine import Engine
 from engine.model import LoadedModel
 from engine.runtime.fake import FakeExecutor
+from engine.text.calls import load_shape
 from engine.text.tokenizer import Tokenizer, load_tokenizer
 from engine.thread import EngineThread
 
@@ -69,7 +70,7 @@ class Parrot:
             return " again" * (said + 1) * 2
         if message.startswith("say "):
             return message[4:]
-        return prompt.replace("<|", "<") if message == "prompt" else f"You said: {message}"
+        return prompt.replace("<|", "<").replace("<tool_call>", "<call>") if message == "prompt" else f"You said: {message}"
 
 
 def load_fake(*, name: str = "fake", queue_limit: int = 128, limits: Limits = LIMITS) -> LoadedModel:
@@ -81,4 +82,4 @@ def load_fake(*, name: str = "fake", queue_limit: int = 128, limits: Limits = LI
         return Engine(FakeExecutor(limits, Parrot(tokenizer)), tokenizer)
 
     engine = EngineThread(make_engine, queue_limit=queue_limit)
-    return LoadedModel(name, f"{name}/none/here", 1_700_000_000, engine, SamplingParams(temperature=0.0))
+    return LoadedModel(name, f"{name}/none/here", 1_700_000_000, engine, SamplingParams(temperature=0.0), load_shape("hermes"))

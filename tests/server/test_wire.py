@@ -148,8 +148,9 @@ REFUSED = [
     ({"top_logprobs": 1}, "top_logprobs", "invalid_value", "top_logprobs goes only with logprobs=true"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "invalid_value", "less than or equal to 20"),
     ({"logprobs": True, "top_logprobs": -1}, "top_logprobs", "invalid_value", "greater than or equal to 0"),
-    ({"tool_choice": "required"}, "tool_choice", "unsupported_parameter", "'tool_choice'"),
-    ({"tool_choice": {"type": "function"}}, "tool_choice", "unsupported_parameter", "'tool_choice'"),
+    ({"tool_choice": "required"}, "tool_choice", None, "tool_choice is required, and there are no tools; send tools"),
+    ({"tool_choice": {"type": "function"}}, "tool_choice", None, "tool_choice is none of those that exist"),
+    ({"tool_choice": ["auto"]}, "tool_choice", None, "tool_choice is none of those that exist"),
     ({"tools": [{"type": "python"}]}, "tools[0].type", "invalid_value", "input should be 'function'"),
 ]
 

@@ -15,28 +15,28 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     ValidationInfo,
     WithJsonSchema,
     field_validator,
+    model_serializer,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
 from engine.request import MAX_LOGPROBS
 from engine.server.protocol.structured import StructuredFields
+from engine.server.protocol.tools import MAX_TOOLS, ReplyToolCall, Tool, ToolCallDelta
 
 # Nothing is converted: "0.5" is not a number, 1 is not true, and NaN is nothing.
 REQUEST = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 MAX_MESSAGES = 2048
-MAX_TOOLS = 128
 MAX_CHOICES = 16
 
 # Known fields that ask for what this server cannot do, with the values that ask for nothing.
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "prompt_logprobs": (0,),
-    "tool_choice": ("auto", "none"),
-    "parallel_tool_calls": (True,),
     "functions": ([],),
     "function_call": ("auto", "none"),
     "reasoning_effort": ("none",),
@@ -143,23 +143,6 @@ class Message(BaseModel):
         return value
 
 
-class Function(BaseModel):
-    """What the model may call: `parameters` is a JSON schema."""
-
-    model_config = REQUEST
-    name: str
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-
-
-class Tool(BaseModel):
-    """One tool; only functions exist here."""
-
-    model_config = REQUEST
-    type: Literal["function"]
-    function: Function
-
-
 class StreamOptions(BaseModel):
     """What a stream holds besides text."""
 
@@ -194,7 +177,8 @@ class ChatRequest(StructuredFields):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     tools: list[Tool] | None = Field(default=None, max_length=MAX_TOOLS)
-    tool_choice: Any = None  # "auto", "none"; see UNSUPPORTED
+    tool_choice: Any = None  # "auto", "none", "required" or a function: see make_tool_choice
+    parallel_tool_calls: bool | None = None
 
     @field_validator("top_logprobs")
     @classmethod
@@ -212,7 +196,7 @@ class ChatRequest(StructuredFields):
 
     def get_unsupported(self) -> str | None:
         """The name of a field that asks for what this server cannot do; null asks for nothing."""
-        given = {**(self.model_extra or {}), "tool_choice": self.tool_choice}
+        given = self.model_extra or {}
         return next((name for name, value in given.items() if _asks(value, UNSUPPORTED.get(name))), None)
 
 
@@ -246,10 +230,16 @@ class Timings(BaseModel):
 
 
 class ReplyMessage(BaseModel):
-    """What the assistant said."""
+    """What the assistant said, and the functions that it calls; without calls there is no field for them."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
+    tool_calls: list[ReplyToolCall] | None = None
+
+    @model_serializer(mode="wrap")
+    def _leave_out(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        value: dict[str, Any] = write(self)
+        return {key: value for key, value in value.items() if value is not None or key == "content"}
 
 
 class LikelyToken(BaseModel):
@@ -278,7 +268,7 @@ class Choice(BaseModel):
 
     index: int
     message: ReplyMessage
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls"]
     logprobs: Logprobs | None
 
 
@@ -299,6 +289,7 @@ class Delta(BaseModel):
 
     role: Literal["assistant"] = "assistant"
     content: str = ""
+    tool_calls: list[ToolCallDelta] = []
 
 
 class ChunkChoice(BaseModel):
@@ -306,7 +297,7 @@ class ChunkChoice(BaseModel):
 
     index: int
     delta: Delta
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: Literal["stop", "length", "tool_calls"] | None
     logprobs: Logprobs | None
 
 

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from engine.server.protocol.chat import UNSUPPORTED, ChatRequest, Message, Timings, Tool, Usage
+from engine.server.protocol.chat import UNSUPPORTED, ChatRequest, Message, Timings, Usage
+from engine.server.protocol.tools import Tool
 
 MAX_PROMPTS = 128
 DEFAULT_MAX_TOKENS = 16  # OpenAI's

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, Field
 
-from engine.server.protocol.chat import MAX_MESSAGES, MAX_TOOLS, REQUEST, Message, Tool
+from engine.server.protocol.chat import MAX_MESSAGES, REQUEST, Message
+from engine.server.protocol.tools import MAX_TOOLS, Tool
 
 
 class TokenizeRequest(BaseModel):

@@ -21,6 +21,7 @@ from engine.server.limits import check_prompt_length
 from engine.server.protocol.chat import ChatCompletion, ChatRequest
 from engine.server.protocol.errors import ErrorBody
 from engine.server.protocol.structured import make_output_grammar
+from engine.server.protocol.tools import ToolChoice, make_tool_choice, make_tools_grammar
 from engine.server.sse import ChunkMaker, EventStream, stream_events
 from engine.server.state import check_model_name, get_model, get_settings
 
@@ -47,14 +48,17 @@ async def create_chat_completion(
     params = await asyncio.to_thread(make_params, body, model)
     name, created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
     choices = start_choices(partial(model.engine.stream, tokens), params, body.n or 1, name)
+    shape = model.shape if get_tool_choice(body).tools else None
     if body.stream:
         usage = body.stream_options is not None and body.stream_options.include_usage
-        return EventStream(stream_events(choices, ChunkMaker(name, created, model.name, usage)))
+        return EventStream(stream_events(choices, ChunkMaker(name, created, model.name, usage), shape))
     outputs = await run_while_connected(request, collect_all(choices))
     if outputs is None:
         return Response(status_code=CLIENT_LEFT)
     logprobs = bool(body.logprobs)
-    completion = make_completion(outputs, id=name, created=created, model=model.name, logprobs=logprobs)
+    completion = make_completion(
+        outputs, id=name, created=created, model=model.name, shape=shape, logprobs=logprobs
+    )
     return Response(completion.model_dump_json(), media_type="application/json")
 
 
@@ -73,7 +77,7 @@ def check_supported(body: ChatRequest) -> None:
 def make_prompt(body: ChatRequest, model: LoadedModel) -> list[int]:
     """The tokens of the conversation. Raises InvalidRequest when they cannot be made."""
     messages = [message.make_template_value() for message in body.messages]
-    tools = [tool.model_dump(exclude_unset=True) for tool in body.tools or []] if body.tool_choice != "none" else []
+    tools = [tool.model_dump(exclude_unset=True) for tool in body.tools or []] if get_tool_choice(body).tools else []
     return model.engine.tokenizer.encode_chat(messages, tools=tools)
 
 
@@ -88,11 +92,29 @@ def make_params(body: ChatRequest, model: LoadedModel) -> SamplingParams:
         given["logprobs"] = body.top_logprobs or 0
     if body.max_completion_tokens is not None:
         given["max_tokens"] = body.max_completion_tokens
-    wanted = make_output_grammar(body)
+    wanted = make_reply_grammar(body, model)
     if wanted is not None:
         text, param = wanted
         given["grammar"] = model.engine.grammars.compile(text, param=param)
     return replace(model.defaults, **given)
+
+
+def get_tool_choice(body: ChatRequest) -> ToolChoice:
+    """Which tools the reply may call. Raises InvalidRequest."""
+    return make_tool_choice(body.tools, body.tool_choice, body.parallel_tool_calls)
+
+
+def make_reply_grammar(body: ChatRequest, model: LoadedModel) -> tuple[str, str] | None:
+    """What the reply is held to, and the parameter that says so. A reply that must be a call has no other format."""
+    choice = get_tool_choice(body)
+    output, calls = make_output_grammar(body), make_tools_grammar(choice, model.shape)
+    if output is not None and calls is not None and not choice.required:
+        raise InvalidRequest(
+            f"{output[1]} does not go with tools that may be called or not",
+            hint="send tool_choice none or required",
+            param=output[1],
+        )
+    return output if calls is None else (calls, "tools")
 
 
 async def run_while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
