@@ -11,8 +11,9 @@ from pydantic import BaseModel, Field
 
 from engine import core
 from engine.errors import InvalidRequest
-from engine.server.protocol.chat import MAX_MESSAGES, MAX_TOOLS, REQUEST
+from engine.server.protocol.chat import MAX_MESSAGES, REQUEST
 from engine.server.protocol.errors import ErrorBody
+from engine.server.protocol.tools import MAX_TOOLS
 
 # Claude Code puts this line, another one in each request, before everything else: no prefix would ever be found again.
 BILLING = re.compile(r"\Ax-anthropic-billing-header:[^\n]*\n*")
