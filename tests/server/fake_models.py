@@ -7,6 +7,7 @@ The last user message decides:
     unusable            logits that are not numbers: this request fails
     crash               the executor fails, and the engine with it
     say ...             the rest of the message, as it is
+    drawl ...           the same, a word every 20 ms
     prompt              the rendered conversation, as the engine got it; <|im_end|> is <im_end|>, <tool_call> <call>
     anything else       "You said: " and the message
 """
@@ -68,8 +69,9 @@ class Parrot:
         if message.startswith("slow"):
             time.sleep(STEP)
             return " again" * (said + 1) * 2
-        if message.startswith("say "):
-            return message[4:]
+        if message.startswith(("say ", "drawl ")):
+            time.sleep(STEP if message.startswith("drawl") else 0)
+            return message.split(" ", 1)[1]
         return prompt.replace("<|", "<").replace("<tool_call>", "<call>") if message == "prompt" else f"You said: {message}"
 
 

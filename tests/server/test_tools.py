@@ -75,7 +75,7 @@ def test_text_and_two_calls(client: openai.OpenAI) -> None:
 
 def test_arguments_are_streamed(client: openai.OpenAI) -> None:
     long = CALL.replace("Oslo", "abcdefghijkl")
-    chunks = list(ask(client, f"say {long}", stream=True))
+    chunks = list(ask(client, f"drawl {long}", stream=True))
     parts = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
     assert len(parts) > 5
     assert [chunk.choices[0].delta.content for chunk in chunks if chunk.choices[0].delta.content] == []
