@@ -53,6 +53,7 @@ class SamplingParams:
     frequency_penalty   the same, once for each time
     logit_bias        token id -> added to its logit; -100 bans it, 100 all but forces it
     logprobs          report the log probability of each token, and of so many of the likeliest; None = do not
+    prompt_logprobs   the same for the tokens of the prompt, which then all run, whatever the prefix cache has
     seed              same seed, package and request = same tokens, whatever else is running; None = from the system
     max_tokens        end with "length" after so many tokens; None = what the context still holds
     stop              end with "stop" before any of these strings appears in the text
@@ -77,6 +78,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +165,8 @@ class Output:
     `text` may be empty while a character or a possible stop string is incomplete. `token_ids` are all sampled tokens,
     the one that ended the reply included. `usage` is the state so far, not a difference. The last Output of a request,
     and only that, has a `finish_reason`; `error` is set when that is "error". `logprobs`, if they were asked for, are
-    of the tokens whose text is out: without end tokens and stop strings.
+    of the tokens whose text is out: without end tokens and stop strings. `prompt_logprobs` come with the first Output,
+    one for each token of the prompt after its first.
     """
 
     request_id: str
@@ -173,6 +176,7 @@ class Output:
     finish_reason: FinishReason | None = None
     error: EngineError | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 def join_outputs(first: Output, second: Output) -> Output:
@@ -185,6 +189,7 @@ def join_outputs(first: Output, second: Output) -> Output:
         second.finish_reason,
         second.error,
         first.logprobs + second.logprobs,
+        first.prompt_logprobs + second.prompt_logprobs,
     )
 
 

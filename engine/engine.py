@@ -139,8 +139,15 @@ class Engine:
     def _sample(self, chunks: Sequence[Chunk], logits: NDArray[np.float32]) -> list[int | Exception]:
         """For each chunk that ends its sequence, in order: the next token, or what kept us from it."""
         picked: list[int | Exception] = []
-        for row, chunk in enumerate(c for c in chunks if c.samples):
+        row = -1
+        for chunk in chunks:
             progress = self._requests[chunk.sequence.request_id]
+            for position in chunk.wanted:
+                row += 1
+                if position < chunk.sequence.scored:
+                    progress.score(logits[row], position)
+            if not chunk.samples:
+                continue
             try:
                 token = pick_token(progress.constrain(logits[row]), progress.request.params, progress.generator)
                 progress.record(logits[row], token)
@@ -192,5 +199,7 @@ def make_batch(chunks: Sequence[Chunk]) -> Batch:
         positions=np.array([p for span in spans for p in span], np.int32),
         rows=np.repeat(np.arange(len(chunks), dtype=np.int32), counts),
         page_table=page_table,
-        logit_rows=np.array([end - 1 for c, end in zip(chunks, ends, strict=True) if c.samples], np.int32),
+        logit_rows=np.array(
+            [end - c.count + p - c.start for c, end in zip(chunks, ends, strict=True) for p in c.wanted], np.int32
+        ),
     )

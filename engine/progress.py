@@ -21,7 +21,8 @@ class Progress:
     def __init__(self, request: Request, tokenizer: Tokenizer, max_tokens: int) -> None:
         params = request.params
         self.request = request
-        self.sequence = Sequence(request.request_id, request.prompt_tokens, request.priority)
+        scored = 0 if params.prompt_logprobs is None else len(request.prompt_tokens) - 1
+        self.sequence = Sequence(request.request_id, request.prompt_tokens, request.priority, scored)
         self.generator = make_generator(params)
         self._penalties = Penalties(params, request.prompt_tokens)
         self._constraint = None if params.grammar is None else params.grammar.start()
@@ -29,6 +30,8 @@ class Progress:
         self._token_bytes = tokenizer.token_bytes
         self._logprob: TokenLogprob | None = None  # of the token that is about to be accepted
         self._logprobs = LogprobQueue()
+        self._prompt_logprobs: list[TokenLogprob] = []  # those that no Output has had
+        self._scored = 0  # tokens of the prompt after which a log probability has been kept
         self._end_tokens = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             self._end_tokens |= tokenizer.end_tokens
@@ -61,6 +64,14 @@ class Progress:
         if count is not None:
             self._logprob = make_logprob(logits, token, count, self._token_bytes.get)
 
+    def score(self, logits: NDArray[np.float32], position: int) -> None:
+        """Keep the log probability of the prompt's token after `position`; once, though it may be computed again."""
+        count = self.request.params.prompt_logprobs
+        if count is not None and position == self._scored:
+            token = self.request.prompt_tokens[position + 1]
+            self._prompt_logprobs.append(make_logprob(logits, token, count, self._token_bytes.get))
+            self._scored += 1
+
     def accept(self, token: int, now: float) -> Output:
         """Take the next token; the Output says whether it was the last."""
         if self._constraint is not None:
@@ -85,7 +96,10 @@ class Progress:
         if reason is not None and not self._stream.stopped:
             text += self._stream.finish()
         logprobs = self._logprobs.pop(text, last=reason is not None and not self._stream.stopped)
-        return Output(self.request.request_id, text, (token,), self._make_usage(), reason, logprobs=logprobs)
+        prompt = tuple(self._prompt_logprobs)
+        self._prompt_logprobs.clear()
+        usage = self._make_usage()
+        return Output(self.request.request_id, text, (token,), usage, reason, logprobs=logprobs, prompt_logprobs=prompt)
 
     def end(self, reason: FinishReason, error: EngineError | None = None) -> Output:
         """The last Output of a request that ends without another token."""

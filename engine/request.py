@@ -64,6 +64,11 @@ def _check_params(params: SamplingParams, limits: Limits) -> None:
         ("presence_penalty", -2 <= params.presence_penalty <= 2, "between -2 and 2"),
         ("frequency_penalty", -2 <= params.frequency_penalty <= 2, "between -2 and 2"),
         ("logprobs", params.logprobs is None or 0 <= params.logprobs <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}"),
+        (
+            "prompt_logprobs",
+            params.prompt_logprobs is None or 0 <= params.prompt_logprobs <= MAX_LOGPROBS,
+            f"0 to {MAX_LOGPROBS}",
+        ),
         ("max_tokens", params.max_tokens is None or params.max_tokens >= 1, "1 or more"),
         ("seed", params.seed is None or -(2**63) <= params.seed < 2**64, "a 64-bit integer"),
     )

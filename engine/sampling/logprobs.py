@@ -17,7 +17,7 @@ GetBytes = Callable[[int], bytes]
 def make_logprob(logits: NDArray[np.float32], token: int, count: int, get_bytes: GetBytes) -> TokenLogprob:
     """The log probability of `token` under logits [vocab], with the `count` likeliest tokens, likeliest first."""
     largest = float(logits.max())
-    with np.errstate(under="ignore"):
+    with np.errstate(under="ignore", invalid="ignore"):  # unusable logits give NaN
         total = largest + float(np.log(np.exp(logits - np.float32(largest)).sum(dtype=np.float64)))
     top: list[int] = []
     if count:

@@ -20,17 +20,20 @@ from engine.core import Limits
 from engine.scheduler.blocks import PageAllocator
 from engine.scheduler.prefix import Node, PrefixCache
 
+SCORED_ROWS = 64  # tokens of a batch that may be scored: a row of 128k logits takes 0.5 MB and 0.3 ms
+
 
 class Sequence:
     """The tokens of one request so far, and how many of them have their keys and values in `pages`.
 
     The first pages are those of `nodes`, shared through the prefix cache; the others are its own. `cached`: tokens
-    that the cache had when the sequence first started. `rank`: priority (smaller runs sooner), then arrival.
+    that the cache had when the sequence first started. `rank`: priority (smaller runs sooner), then arrival. `scored`:
+    logits are wanted of so many of its first tokens too, so that it takes nothing from the cache.
     """
 
-    __slots__ = ("cached", "computed", "nodes", "pages", "rank", "request_id", "tokens")
+    __slots__ = ("cached", "computed", "nodes", "pages", "rank", "request_id", "scored", "tokens")
 
-    def __init__(self, request_id: str, tokens: Iterable[int], priority: int = 0) -> None:
+    def __init__(self, request_id: str, tokens: Iterable[int], priority: int = 0, scored: int = 0) -> None:
         self.request_id = request_id
         self.tokens = list(tokens)
         self.pages: list[int] = []
@@ -38,6 +41,7 @@ class Sequence:
         self.computed = 0
         self.cached: int | None = None
         self.rank = (priority, 0)
+        self.scored = scored
 
     @property
     def pending(self) -> int:
@@ -53,6 +57,12 @@ class Chunk:
     start: int
     count: int
     samples: bool
+
+    @property
+    def wanted(self) -> list[int]:
+        """Positions whose logits are wanted, rising: those that are scored, then the last one if it `samples`."""
+        end = self.start + self.count
+        return [*range(self.start, min(end, self.sequence.scored)), *([end - 1] if self.samples else [])]
 
 
 class Scheduler:
@@ -117,7 +127,7 @@ class Scheduler:
         decoding = [s for s in self._running if s.pending == 1]
         prefilling = [s for s in self._running if s.pending > 1]
         chunks = [_make_chunk(s, 1) for s in decoding]
-        budget = self._limits.prefill_chunk - len(chunks)
+        budget, rows = self._limits.prefill_chunk - len(chunks), SCORED_ROWS
         while budget:
             sequence = None
             if self._waiting and not (prefilling and prefilling[0].rank < self._waiting[0].rank):
@@ -126,8 +136,13 @@ class Scheduler:
                 if not prefilling:
                     break
                 sequence = prefilling.pop(0)
-            chunks.append(_make_chunk(sequence, min(budget, sequence.pending)))
-            budget -= chunks[-1].count
+            count = min(budget, sequence.pending)
+            if sequence.computed < sequence.scored:
+                count = min(count, rows)
+                rows -= count
+            if count:
+                chunks.append(_make_chunk(sequence, count))
+                budget -= count
         return sorted(chunks, key=lambda c: c.count > 1)
 
     def advance(self, chunk: Chunk) -> None:
@@ -165,7 +180,8 @@ class Scheduler:
         """
         if len(self._running) == self._max_running:
             return None
-        nodes = self._cache.find(sequence.tokens, len(sequence.tokens) - 1)  # the last token must run
+        most = 0 if sequence.scored else len(sequence.tokens) - 1  # the last token must run
+        nodes = self._cache.find(sequence.tokens, most)
         coming = sum(not node.readers for node in nodes)  # free as long as they are not read
         missing = self._missing(sequence) - len(nodes)
         return nodes if missing + coming + len(self._running) <= self.num_free_pages else None

@@ -188,6 +188,8 @@ def test_context_overflow_names_both_numbers() -> None:
             "stop_token_ids holds a token outside of the vocabulary\n  hint: it must be 0 to 257",
         ),
         ((1,), {"stop_token_ids": (1,) * 257}, "stop_token_ids holds 257 tokens\n  hint: it takes at most 256"),
+        ((1,), {"logprobs": 21}, "logprobs is 21\n  hint: it must be 0 to 20"),
+        ((1,), {"prompt_logprobs": -1}, "prompt_logprobs is -1\n  hint: it must be 0 to 20"),
         ((1,), {"min_p": 1.5}, "min_p is 1.5\n  hint: it must be between 0 (off) and 1"),
         ((1,), {"typical_p": 0.0}, "typical_p is 0.0\n  hint: it must be above 0 and at most 1 (off)"),
         (

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from small_engines import LIMITS, TOKENIZER, join_by_request, make_engine, make_request, make_talking_engine, run_all
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
-from engine.core import Output, TokenLogprob
-from engine.runtime.fake import make_hash_model
+from engine.core import Limits, Output, TokenLogprob
+from engine.engine import Engine
+from engine.runtime.fake import FakeExecutor, make_hash_model
 from engine.sampling.logprobs import make_logprob
+from engine.scheduler.policy import SCORED_ROWS
 from engine.text.token_bytes import TokenBytes
 
 
@@ -86,6 +90,57 @@ def test_a_cut_reply_keeps_all() -> None:
     assert (whole.text, get_data(whole.logprobs)) == ("ab", "ab😀".encode()[:4])
     (whole,) = join_by_request(stream("ab, x", max_tokens=4, stop=(", y",))).values()
     assert (whole.text, get_data(whole.logprobs)) == ("ab, ", b"ab, ")
+
+
+@pytest.mark.parametrize("preempted", [False, True])
+def test_prompt_logprobs(preempted: bool) -> None:
+    """Each once, whatever the prefix cache has, however the prompt is cut, and though some are computed again."""
+    model = make_hash_model(LIMITS.vocab_size)
+    engine = Engine(FakeExecutor(Limits(128, 24, 4, 16, 12, 258), model), TOKENIZER)
+    prompt = [(7 * i) % 250 for i in range(90)]
+    engine.add(make_request("before", prompt, max_tokens=2))
+    run_all(engine)
+    engine.add(make_request("a", prompt, prompt_logprobs=2, max_tokens=3, ignore_eos=True, temperature=0.0))
+    engine.add(make_request("b", prompt[:30], prompt_logprobs=0, max_tokens=3, ignore_eos=True))
+    outputs = [output for _ in range(2) for output in engine.step()]
+    if preempted:
+        engine.add(replace(make_request("urgent", [3] * 120, max_tokens=3), priority=-1))
+    outputs += [output for _ in range(40) if engine.has_work for output in engine.step()]
+    found = join_by_request(outputs)
+    assert engine.get_stats().preemptions == preempted
+    assert [p.token for p in found["a"].prompt_logprobs] == prompt[1:]
+    assert [p.token for p in found["b"].prompt_logprobs] == prompt[1:30]
+    assert found["a"].logprobs == ()
+    for i, scored in enumerate(found["a"].prompt_logprobs):
+        logits = model(np.array(prompt[: i + 1], np.int32)).astype(np.float64)
+        wanted = logits - np.log(np.exp(logits).sum())
+        assert scored.logprob == pytest.approx(wanted[prompt[i + 1]], abs=1e-5)
+        assert [t.token for t in scored.top] == np.argsort(-wanted)[:2].tolist()
+    plain = make_engine(model=model)
+    plain.add(make_request("a", prompt, max_tokens=3, ignore_eos=True, temperature=0.0))
+    assert run_all(plain)["a"].token_ids == found["a"].token_ids
+
+
+def test_few_rows_of_logits_at_once() -> None:
+    rows = []
+
+    class Watched(FakeExecutor):
+        def run(self, batch):
+            rows.append(len(batch.logit_rows))
+            return super().run(batch)
+
+    engine = Engine(Watched(Limits(512, 256, 4, 16, 120, 258)), TOKENIZER)
+    for name in "abc":
+        engine.add(make_request(name, [1] * 300, prompt_logprobs=0, max_tokens=1))
+    outputs = run_all(engine)
+    assert all(len(o.prompt_logprobs) == 299 for o in outputs.values())
+    assert max(rows) <= SCORED_ROWS + 3
+
+
+def test_a_prompt_of_one_token_has_none() -> None:
+    engine = make_engine()
+    engine.add(make_request("a", [1], prompt_logprobs=2, max_tokens=1))
+    assert run_all(engine)["a"].prompt_logprobs == ()
 
 
 def test_none_unless_asked() -> None:
