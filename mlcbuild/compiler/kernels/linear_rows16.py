@@ -16,7 +16,7 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from mlcbuild.compiler.kernels import tir
-from mlcbuild.compiler.kernels.tir import Accumulator, Expr, fma, put2, spread, vec, vec2
+from mlcbuild.compiler.kernels.tir import Accumulator, Expr, fma, spread
 from mlcbuild.recipes.schema import Quantization
 
 
@@ -39,11 +39,7 @@ def make_linear(out_features: int, in_features: int, q: Quantization, *, bias: b
         b = tir.arg("bias", (out_features,), "float32") if bias else None
         y = tir.arg("y", (n, tiles * 16), "float32")
 
-        def store(m: Expr, tile: Expr, value: Expr) -> None:
-            if b is not None:
-                value = value + vec(b, tile * 16)
-            put2(y, m, tile * 16, value + vec2(y, m, tile * 16) if residual else value)
-
+        store = tir.make_store(y, b, residual)
         with tir.root():
             tir.begin()
             with T.parallel(tiles) as tile:

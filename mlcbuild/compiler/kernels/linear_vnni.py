@@ -17,7 +17,7 @@ from tvm.script.ir_builder import tirx as T
 
 from mlcbuild.compiler.kernels import tir
 from mlcbuild.compiler.kernels.quantize_rows import GROUP, MAX_BLOCK, block_rows, code_args
-from mlcbuild.compiler.kernels.tir import F32, I32, Accumulator, Expr, f32, fma, put, put2, spread, vec, vec2
+from mlcbuild.compiler.kernels.tir import F32, I32, Accumulator, Expr, f32, fma, put, spread, vec
 
 BLOCK_BYTES = 576  # 16 rows x 64 inputs: 64 bytes of scales, 512 of codes
 AHEAD = 2304  # bytes of weights asked for in advance by the many-row path, too busy for the hardware prefetcher
@@ -38,11 +38,7 @@ def make_linear(out_features: int, in_features: int, *, bias: bool, residual: bo
         b = tir.arg("bias", (out_features,), "float32") if bias else None
         y = tir.arg("y", (n, tiles * 16), "float32")
 
-        def store(m: Expr, tile: Expr, value: Expr) -> None:
-            if b is not None:
-                value = value + vec(b, tile * 16)
-            put2(y, m, tile * 16, value + vec2(y, m, tile * 16) if residual else value)
-
+        store = tir.make_store(y, b, residual)
         with tir.root():
             tir.begin()
             with T.parallel(tiles // pair) as t, T.If(n == 1):

@@ -53,6 +53,17 @@ def scratch(elements: Expr, dtype: str = "float32") -> Expr:
     return T.alloc_buffer((elements,), dtype, scope="global", align=64)
 
 
+def make_store(y: Expr, bias: Expr | None, residual: bool) -> Callable[[Expr, Expr, Expr], None]:
+    """`store(row, tile, value)` for a matmul: 16 outputs, plus bias where there is one, added to y or written to it."""
+
+    def store(row: Expr, tile: Expr, value: Expr) -> None:
+        if bias is not None:
+            value = value + vec(bias, tile * LANES)
+        put2(y, row, tile * LANES, value + vec2(y, row, tile * LANES) if residual else value)
+
+    return store
+
+
 def for_each_row(n: Expr, emit: Callable[[Expr], None]) -> None:
     """Run `emit(row)` for n rows on all cores; a lone row runs at once, since waking the workers costs more."""
     with T.If(n == 1):
