@@ -62,7 +62,7 @@ def test_stream(claude: anthropic.Anthropic, http: httpx.Client) -> None:
         name, data = event.split("\n")
         names.append(name.removeprefix("event: "))
         assert json.loads(data.removeprefix("data: "))["type"] == names[-1]
-    assert names[:3] == ["message_start", "content_block_start", "ping"]
+    assert names[:3] == ["message_start", "ping", "content_block_start"]
     assert set(names[3:-3]) == {"content_block_delta"}
     assert names[-3:] == ["content_block_stop", "message_delta", "message_stop"]
 
@@ -103,6 +103,47 @@ def test_what_the_model_sees(claude: anthropic.Anthropic) -> None:
     for part in ("system\nBe kind.", "user\nhi", "assistant\nHello.", "user\nprompt"):
         assert part in text
     assert "billing" not in text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_agent(claude: anthropic.Anthropic, stream: bool) -> None:
+    """It calls two tools, gets their results, and answers."""
+    tools = [
+        {"name": name, "description": "x", "input_schema": {"type": "object", "properties": {"a": {"type": "integer"}}}}
+        for name in ("add", "clock")
+    ]
+    calls = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>\n'
+    calls += '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'
+    messages: list = [{"role": "user", "content": f"say Wait.\n{calls}"}]
+
+    def ask() -> anthropic.types.Message:
+        wanted = {"model": "fake", "max_tokens": 200, "messages": messages, "tools": tools}
+        if not stream:
+            return claude.messages.create(**wanted)
+        with claude.messages.stream(**wanted) as events:
+            return events.get_final_message()
+
+    message = ask()
+    assert message.stop_reason == "tool_use"
+    assert [block.type for block in message.content] == ["text", "tool_use", "tool_use"]
+    text, add, clock = message.content
+    assert text.text.strip() == "Wait."
+    assert (add.name, add.input, clock.name, clock.input) == ("add", {"a": 1}, "clock", {})
+    assert add.id != clock.id
+    results = [{"type": "tool_result", "tool_use_id": block.id, "content": "2"} for block in (add, clock)]
+    content = [block.model_dump(exclude_none=True) for block in message.content]
+    messages += [{"role": "assistant", "content": content}]
+    messages += [{"role": "user", "content": [*results, {"type": "text", "text": "and now?"}]}]
+    last = ask()
+    assert (last.stop_reason, last.content[0].text) == ("end_turn", "You said: and now?")
+
+
+def test_a_call_that_is_cut_off(claude: anthropic.Anthropic) -> None:
+    tools = [{"name": "add", "input_schema": {"type": "object"}}]
+    call = '<tool_call>\n{"name": "add", "arguments": {"a": "a long text that does not end"}}\n</tool_call>'
+    messages = [{"role": "user", "content": f"say {call}"}]
+    message = claude.messages.create(model="fake", max_tokens=18, messages=messages, tools=tools)
+    assert (message.stop_reason, [block.type for block in message.content]) == ("max_tokens", ["text"])
 
 
 def test_tools_of_earlier_turns() -> None:

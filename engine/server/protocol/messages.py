@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
@@ -13,7 +14,8 @@ from engine import core
 from engine.errors import InvalidRequest
 from engine.server.protocol.chat import MAX_MESSAGES, REQUEST
 from engine.server.protocol.errors import ErrorBody
-from engine.server.protocol.tools import MAX_TOOLS
+from engine.server.protocol.tools import MAX_TOOLS, make_calls
+from engine.text.calls import Piece
 
 # Claude Code puts this line, another one in each request, before everything else: no prefix would ever be found again.
 BILLING = re.compile(r"\Ax-anthropic-billing-header:[^\n]*\n*")
@@ -173,18 +175,33 @@ def make_usage(usage: core.Usage) -> dict[str, int]:
 
 
 def make_message(
-    name: str, model: str, text: str | None, ending: Mapping[str, Any], usage: core.Usage
+    name: str, model: str, content: list[dict[str, Any]], ending: Mapping[str, Any], usage: core.Usage
 ) -> dict[str, Any]:
-    """A whole reply, or, with text None, the empty one that a stream begins with."""
-    content = [] if text is None else [{"type": "text", "text": text}]
+    """A whole reply, or the empty one that a stream begins with."""
     head = {"id": name, "type": "message", "role": "assistant", "model": model}
     return {**head, "content": content, **ending, "usage": make_usage(usage)}
 
 
+def make_content(pieces: Sequence[Piece]) -> list[dict[str, Any]]:
+    """The blocks of a whole reply: its text, then its calls. A call that was cut off is left out."""
+    text = "".join(piece.text for piece in pieces if piece.kind == "content")
+    calls = []
+    for call in make_calls(pieces):
+        with contextlib.suppress(ValueError):
+            given = json.loads(call.function.arguments)
+            calls.append({"type": "tool_use", "id": call.id, "name": call.function.name, "input": given})
+    return [{"type": "text", "text": text}, *calls] if text or not calls else calls
+
+
 def make_ending(finish_reason: str | None, text: str, stops: Iterable[str]) -> dict[str, str | None]:
-    """Why a reply ended. `text` is all that was sampled; the stop sequence that ended it is still in it."""
+    """Why a reply ended, which is known in OpenAI's words.
+
+    `text` is all that was sampled; the stop sequence that ended it is still in it.
+    """
     if finish_reason is None:
         return {"stop_reason": None, "stop_sequence": None}
+    if finish_reason == "tool_calls":
+        return {"stop_reason": "tool_use", "stop_sequence": None}
     if finish_reason == "length":
         return {"stop_reason": "max_tokens", "stop_sequence": None}
     found = min(((text.index(s) + len(s), -len(s), s) for s in stops if s in text), default=None)

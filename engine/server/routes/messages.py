@@ -22,15 +22,26 @@ from engine.server.protocol.messages import (
     MessagesRequest,
     make_anthropic_error,
     make_chat,
+    make_content,
     make_ending,
     make_message,
     make_usage,
 )
-from engine.server.routes.chat import CLIENT_LEFT, check_supported, make_params, make_prompt, run_while_connected
+from engine.server.protocol.tools import make_call_id
+from engine.server.routes.chat import (
+    CLIENT_LEFT,
+    check_supported,
+    get_tool_choice,
+    make_params,
+    make_prompt,
+    run_while_connected,
+)
 from engine.server.routes.completions import collect_all
 from engine.server.sse import EventStream
 from engine.server.state import check_model_name, get_model, get_settings
 from engine.server.translate import check_chat, make_named_event
+from engine.text.calls import Piece
+from engine.text.reading import ReplyReader
 
 router = APIRouter()
 Model = Annotated[LoadedModel, Depends(get_model)]
@@ -43,15 +54,17 @@ async def create_message(body: MessagesRequest, request: Request, model: Model) 
     tokens = await asyncio.to_thread(make_prompt, chat, model)
     params = await asyncio.to_thread(make_params, chat, model)
     name = f"msg_{uuid.uuid4().hex}"
+    reader = ReplyReader(model.shape if get_tool_choice(chat).tools else None)
     reply = model.engine.stream(tokens, params, request_id=name)
     if body.stream:
-        return EventStream(stream_events(reply, name, model, params, len(tokens)))
+        return EventStream(stream_events(reply, reader, name, model, params, len(tokens)))
     outputs = await run_while_connected(request, collect_all([reply]))
     if outputs is None:
         return Response(status_code=CLIENT_LEFT)
     (output,) = outputs
-    ending = make_ending(output.finish_reason, model.engine.tokenizer.decode(output.token_ids), params.stop)
-    return JSONResponse(make_message(name, model.name, output.text, ending, output.usage))
+    content = make_content(reader.read(output))
+    ending = make_ending(reader.get_finish(output), model.engine.tokenizer.decode(output.token_ids), params.stop)
+    return JSONResponse(make_message(name, model.name, content, ending, output.usage))
 
 
 @router.post("/v1/messages/count_tokens")
@@ -72,28 +85,65 @@ async def check(body: CountRequest, request: Request, model: LoadedModel) -> Cha
 
 
 async def stream_events(
-    reply: AsyncReply, name: str, model: LoadedModel, params: SamplingParams, prompt_tokens: int
+    reply: AsyncReply, reader: ReplyReader, name: str, model: LoadedModel, params: SamplingParams, prompt_tokens: int
 ) -> AsyncGenerator[bytes, None]:
     """The events of `reply`, which is aborted when this iterator is closed before its end."""
+    blocks = BlockStream()
+    sampled: list[int] = []
     async with reply:
-        nothing = make_ending(None, "", ())
-        empty = make_message(name, model.name, None, nothing, Usage(prompt_tokens))
+        empty = make_message(name, model.name, [], make_ending(None, "", ()), Usage(prompt_tokens))
         yield make_named_event("message_start", {"message": empty})
-        yield make_named_event("content_block_start", {"index": 0, "content_block": {"type": "text", "text": ""}})
         yield make_named_event("ping", {})
-        sampled: list[int] = []
         async for output in reply:
             sampled += output.token_ids
-            if output.text:
-                delta = {"type": "text_delta", "text": output.text}
-                yield make_named_event("content_block_delta", {"index": 0, "delta": delta})
+            for piece in reader.read(output):
+                for event in blocks.push(piece):
+                    yield event
             error = find_error(output)
             if error is not None:
                 failure = make_anthropic_error(error.status, make_engine_error(error), None)
                 yield make_named_event("error", failure)
                 return
             if output.finish_reason is not None:
-                ending = make_ending(output.finish_reason, model.engine.tokenizer.decode(sampled), params.stop)
-                yield make_named_event("content_block_stop", {"index": 0})
+                ending = make_ending(reader.get_finish(output), model.engine.tokenizer.decode(sampled), params.stop)
+                for event in blocks.finish():
+                    yield event
                 yield make_named_event("message_delta", {"delta": ending, "usage": make_usage(output.usage)})
                 yield make_named_event("message_stop", {})
+
+
+class BlockStream:
+    """Makes the events of the blocks of one reply: each is started, filled and stopped before the next one."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._open: str | None = None  # the kind of the block that has not been stopped
+
+    def push(self, piece: Piece) -> list[bytes]:
+        """What a piece of the reply adds."""
+        events = []
+        if piece.kind == "call":
+            block = {"type": "tool_use", "id": make_call_id(), "name": piece.text, "input": {}}
+            return self._start("tool_use", block)
+        if piece.kind == "arguments":
+            delta = {"type": "input_json_delta", "partial_json": piece.text}
+        else:
+            events += [] if self._open == "text" else self._start("text", {"type": "text", "text": ""})
+            delta = {"type": "text_delta", "text": piece.text}
+        return [*events, make_named_event("content_block_delta", {"index": self._count - 1, "delta": delta})]
+
+    def finish(self) -> list[bytes]:
+        """The reply has ended; one without any block gets an empty one."""
+        return [*([] if self._count else self._start("text", {"type": "text", "text": ""})), *self._stop()]
+
+    def _start(self, kind: str, block: dict[str, Any]) -> list[bytes]:
+        events = self._stop()
+        self._open = kind
+        self._count += 1
+        return [*events, make_named_event("content_block_start", {"index": self._count - 1, "content_block": block})]
+
+    def _stop(self) -> list[bytes]:
+        if self._open is None:
+            return []
+        self._open = None
+        return [make_named_event("content_block_stop", {"index": self._count - 1})]
