@@ -174,7 +174,7 @@ def test_export(page: Page) -> None:
 
 def test_errors_in_the_words_of_the_server(page: Page) -> None:
     error = ask(page, "many words " * 400).get_by_role("alert")
-    assert error.inner_text().startswith("Error 400 the context holds 512 tokens, and the prompt has ")
+    assert error.inner_text().startswith("Error 400: the context holds 512 tokens, and the prompt has ")
     assert ask(page, "unusable").get_by_role("alert").inner_text().startswith("Error")
     page.get_by_role("button", name="Edit this message").first.click()
     page.get_by_label("Your message").fill("short")
@@ -188,13 +188,13 @@ def test_a_connection_that_ends_early(page: Page, ending: str) -> None:
     answer_with(page, make_chunk(content="half a"), ending=ending)
     reply = ask(page, "hello")
     assert get_texts(page)[1] == "half a"
-    assert reply.get_by_role("alert").inner_text() == "Error The connection ended before the reply did."
+    assert reply.get_by_role("alert").inner_text() == "Error: The connection ended before the reply did."
 
 
 def test_a_server_that_is_gone(page: Page) -> None:
     page.route("**/v1/chat/completions", lambda route: route.abort())
     error = ask(page, "hello").get_by_role("alert").inner_text()
-    assert error == "Error The server cannot be reached. Is it still running?"
+    assert error == "Error: The server cannot be reached. Is it still running?"
 
 
 def test_the_key(open_page: Callable[..., Page], browser: object) -> None:
@@ -207,7 +207,7 @@ def test_the_key(open_page: Callable[..., Page], browser: object) -> None:
         page.get_by_label("API key").fill("another-key-that-is-wrong")
         page.get_by_role("button", name="Done").click()
         reply = ask(page, "again")
-        assert reply.get_by_role("alert").inner_text().startswith("Error 401 this API key is not known here")
+        assert reply.get_by_role("alert").inner_text().startswith("Error 401: this API key is not known here")
         reply.get_by_role("button", name="Enter an API key").click()
         assert page.get_by_label("API key").evaluate("e => e === document.activeElement")
         page.get_by_label("API key").fill(key)

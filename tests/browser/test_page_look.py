@@ -160,6 +160,12 @@ mlcbuild_time_to_first_token_seconds_count 10
     assert running == "requests running 3"
     assert total.startswith('requests route=/v1/chat finish_reason=a "b" 7')
     assert first == "time to first token 10 120 ms 100 ms 190 ms 198 ms"
+    table = page.get_by_role("region", name="Now")
+    table.focus()
+    page.unroute_all()
+    page.route("**/metrics", lambda route: route.fulfill(body=text.replace("running 3", "running 4")))
+    page.get_by_role("cell", name="4", exact=True).wait_for()
+    assert table.evaluate("e => e === document.activeElement")
 
 
 def test_metrics_that_are_off(page: Page) -> None:

@@ -171,6 +171,7 @@ def test_reasoning_and_tool_calls(page: Page) -> None:
         call(0, arguments='{"city": '),
         call(0, arguments='"Bern"}'),
         call(1, name="get_time", arguments="{}"),
+        call(2, name="get_time", arguments='{"zone": 1}'),
         make_chunk("tool_calls"),
     )
     page.get_by_role("button", name="Settings").click()
@@ -188,13 +189,15 @@ def test_reasoning_and_tool_calls(page: Page) -> None:
     assert reply.locator(".call").all_inner_texts() == [
         'Calls get_weather\n{\n  "city": "Bern"\n}',
         "Calls get_time\n{}",
+        'Calls get_time\n{\n  "zone": 1\n}',
     ]
     reply.get_by_label("Result of get_weather").fill("rain")
-    reply.get_by_label("Result of get_time").fill("noon")
+    reply.get_by_label("Result of get_time {}").fill("noon")
     reply.get_by_role("button", name="Send the results").click()
     wait_for_end(page)
     assert [tool["function"]["name"] for tool in seen[1]["tools"]] == ["get_weather"]
-    user, said, weather, time = seen[1]["messages"]
+    reply.get_by_label('Result of get_time {"zone": 1}').wait_for(state="hidden")  # it is answered
+    user, said, weather, time, _ = seen[1]["messages"]
     assert user == {"role": "user", "content": "weather?"}
     assert said["content"] == "I look."
     assert said["tool_calls"][0] == {

@@ -61,12 +61,16 @@ function ask(entries) {
     onChange: (text) => {
       if (mine === conversation) showChange(run.reply, text);
     },
-    onSave: () => showBanner(store.saveConversation(mine) ? "" : FULL),
+    onSave: () => {
+      if (!store.saveConversation(mine)) showBanner(FULL);
+      else if (banner.textContent === FULL) showBanner("");
+    },
   });
   showConversation();
   showRunning(true);
   announcer.replaceChildren();
-  message.focus();
+  unspoken = "";
+  focusMessage();
   run.done.then(() => {
     if (mine === conversation) {
       draw(run.reply);
@@ -109,8 +113,16 @@ function showRunning(running) {
   document.body.classList.toggle("running", running);
   get("send").hidden = running;
   get("stop").hidden = !running;
-  if (focused) message.focus();
+  if (focused) focusMessage();
 }
+
+/** Not by itself where that opens a keyboard on the screen. */
+function focusMessage() {
+  if (!isTouch()) message.focus();
+  else if (document.activeElement !== message) document.activeElement?.blur();
+}
+
+const isTouch = () => matchMedia("(pointer: coarse)").matches;
 
 function isAtEnd() {
   return log.scrollHeight - log.scrollTop - log.clientHeight < NEAR_END;
@@ -138,7 +150,7 @@ function openConversation(id) {
   toggleSidebar(false);
   selectTab("chat");
   showConversation();
-  message.focus();
+  focusMessage();
 }
 
 function removeConversation(id, title) {
@@ -262,8 +274,8 @@ get("composer").addEventListener("submit", (event) => {
 });
 message.addEventListener("input", fitMessage);
 message.addEventListener("keydown", (event) => {
-  const touch = matchMedia("(pointer: coarse)").matches; // there, Enter is the only way to break a line
-  if (event.key !== "Enter" || event.shiftKey || event.isComposing || (touch && !event.ctrlKey)) return;
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  if (isTouch() && !event.ctrlKey) return; // there, Enter is the only way to break a line
   event.preventDefault();
   sendMessage();
 });
@@ -321,4 +333,4 @@ window.addEventListener("pagehide", () => {
 loadModels();
 showConversation();
 fitMessage();
-message.focus();
+focusMessage();

@@ -137,18 +137,20 @@ function indent(text) {
 /** This page runs no tools: the person says what each call gave. Hidden by the style sheet once more messages follow. */
 function addResultForm(element, calls, actions) {
   element.answered = true;
-  const areas = calls.map((call) => make("textarea", { rows: "2", class: "mono", "aria-label": `Result of ${call.function.name}` }));
+  const areas = calls.map(() => make("textarea", { rows: "2", class: "mono" }));
   const send = (event) => {
     event.preventDefault();
     actions.onToolResults(calls.map((call, index) => ({ tool_call_id: call.id, content: areas[index].value })));
   };
-  const fields = calls.map((call, index) => make("label", {}, `Result of ${call.function.name}`, areas[index]));
+  const isOnly = ({ function: { name } }) => calls.filter((call) => call.function.name === name).length === 1;
+  const describe = (call) => `Result of ${call.function.name}${isOnly(call) ? "" : ` ${call.function.arguments.slice(0, 80)}`}`;
+  const fields = calls.map((call, index) => make("label", {}, describe(call), areas[index]));
   const button = make("button", { type: "submit", class: "primary" }, calls.length === 1 ? "Send the result" : "Send the results");
   element.append(make("form", { class: "results", onsubmit: send }, fields, button));
 }
 
 function describeError(error, actions) {
-  const parts = [make("strong", {}, error.status ? `Error ${error.status}` : "Error"), ` ${error.message}`];
+  const parts = [make("strong", {}, error.status ? `Error ${error.status}:` : "Error:"), ` ${error.message}`];
   if (error.retryAfter) parts.push(` (try again in ${error.retryAfter} s)`);
   if (error.status === 401 || error.status === 403) parts.push(" ", makeButton("Enter an API key", actions.onKey));
   return parts;

@@ -15,6 +15,8 @@ export class MetricsView {
   #timer = 0;
   #seen = new Map(); // series -> values, the newest last
   #before = null; // {time, values} of the last reading
+  #tables = new Map(); // title -> element, which keeps its place and focus while its rows are replaced
+  #reading = false;
 
   constructor(element, getKey) {
     this.#element = element;
@@ -32,16 +34,22 @@ export class MetricsView {
   }
 
   async #read() {
+    if (this.#reading) return; // a slow server is not asked twice
+    this.#reading = true;
     try {
       const text = await fetchMetrics(this.#getKey());
       if (text === null) return this.#say(OFF);
       this.#show(parsePrometheus(text));
     } catch (error) {
       this.#say(`${error.status ? `Error ${error.status}: ` : ""}${error.message}`);
+    } finally {
+      this.#reading = false;
     }
   }
 
   #say(text) {
+    if (this.#element.innerText === text) return;
+    this.#tables.clear();
     this.#element.replaceChildren(make("p", { class: "empty", role: "status" }, text));
   }
 
@@ -63,11 +71,20 @@ export class MetricsView {
       }
     }
     this.#before = { time, values };
-    this.#element.replaceChildren(
-      makeTable("Now", ["", "Value", `Last ${(KEPT * EVERY) / 60000} minutes`], rows.gauge),
-      makeTable("Since the start", ["", "Total", "Per second", "Rate"], rows.counter),
-      makeTable("Distributions", ["", "Count", "Mean", "p50", "p95", "p99"], rows.histogram),
-    );
+    this.#showTable("Now", ["", "Value", `Last ${(KEPT * EVERY) / 60000} minutes`], rows.gauge);
+    this.#showTable("Since the start", ["", "Total", "Per second", "Rate"], rows.counter);
+    this.#showTable("Distributions", ["", "Count", "Mean", "p50", "p95", "p99"], rows.histogram);
+  }
+
+  #showTable(title, heads, rows) {
+    if (!this.#tables.size) this.#element.replaceChildren();
+    if (!this.#tables.has(title)) {
+      this.#tables.set(title, makeTable(title, heads));
+      this.#element.append(this.#tables.get(title));
+    }
+    const table = this.#tables.get(title);
+    table.hidden = !rows.length;
+    table.querySelector("tbody").replaceChildren(...rows);
   }
 
   #getRate(series, value, time) {
@@ -82,11 +99,10 @@ export class MetricsView {
   }
 }
 
-function makeTable(title, heads, rows) {
-  if (!rows.length) return "";
+function makeTable(title, heads) {
   const head = make("tr", {}, heads.map((text) => make("th", { scope: "col" }, text || make("span", { class: "hidden-text" }, "Metric"))));
-  const table = make("table", {}, make("caption", {}, title), make("thead", {}, head), make("tbody", {}, rows));
-  return make("div", { class: "table" }, table);
+  const table = make("table", {}, make("caption", {}, title), make("thead", {}, head), make("tbody"));
+  return make("div", { class: "table", tabindex: "0", role: "region", "aria-label": title }, table);
 }
 
 function makeName(family, labels) {
