@@ -13,20 +13,16 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
 
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from engine import core
-from engine.choices import Choices, add_usage
-from engine.server.completion import get_failure, make_logprobs, make_timings, make_usage
-from engine.server.protocol.chat import ChatChunk, ChunkChoice, Delta, Logprobs, Timings
-from engine.server.protocol.chat import Usage as WireUsage
+from engine.choices import Choices
+from engine.server.chunks import ChunkMaker, ChunkWriter
+from engine.server.completion import get_failure
+from engine.server.protocol.chat import ChatChunk
 from engine.server.protocol.errors import ErrorBody
-from engine.server.protocol.tools import make_call_delta
-from engine.text.calls import Piece, Shape
-from engine.text.reading import ReplyReader
+from engine.text.calls import Shape
 
 DONE = b"data: [DONE]\n\n"
 # Line ends to some clients, and legal within a JSON string; JSON escapes all other line ends by itself.
@@ -38,40 +34,6 @@ def make_event(body: ChatChunk | ErrorBody) -> bytes:
     return f"data: {body.model_dump_json(exclude_unset=True).translate(LINE_ENDS)}\n\n".encode()
 
 
-@dataclass(frozen=True, slots=True)
-class ChunkMaker:
-    """Makes the chunks of one answer, which share their head. With `usage`, every chunk says null but the last one."""
-
-    id: str
-    created: int
-    model: str
-    usage: bool
-
-    def make(
-        self,
-        delta: Delta,
-        finish_reason: str | None = None,
-        timings: Timings | None = None,
-        *,
-        index: int = 0,
-        logprobs: Logprobs | None = None,
-    ) -> ChatChunk:
-        """A chunk with a choice."""
-        choice = ChunkChoice.model_validate(
-            {"index": index, "delta": delta, "finish_reason": finish_reason, "logprobs": logprobs}
-        )
-        extra: dict[str, object] = {"usage": None} if self.usage else {}
-        return self._make([choice], extra if timings is None else {**extra, "timings": timings})
-
-    def make_usage(self, usage: WireUsage) -> ChatChunk:
-        """The last chunk: no choice, only what the request took."""
-        return self._make([], {"usage": usage})
-
-    def _make(self, choices: list[ChunkChoice], extra: dict[str, object]) -> ChatChunk:
-        head = {"id": self.id, "object": "chat.completion.chunk", "created": self.created, "model": self.model}
-        return ChatChunk.model_validate({**head, "choices": choices, **extra})
-
-
 async def stream_events(
     choices: Choices, chunks: ChunkMaker, shape: Shape | None = None
 ) -> AsyncGenerator[bytes, None]:
@@ -79,40 +41,21 @@ async def stream_events(
 
     `shape`: how tool calls are spelled in them; None when there can be none.
     """
+    writer = ChunkWriter(chunks, len(choices), shape)
     async with choices:
-        async for body in stream_chunks(choices, chunks, shape):
-            yield make_event(body)
+        for chunk in writer.start():
+            yield make_event(chunk)
+        async for index, output in choices:
+            for chunk in writer.add(index, output):
+                yield make_event(chunk)
+            failure = get_failure(output)
+            if failure is not None:
+                yield make_event(failure)
+                break
+        else:
+            for chunk in writer.finish():
+                yield make_event(chunk)
     yield DONE
-
-
-async def stream_chunks(
-    choices: Choices, chunks: ChunkMaker, shape: Shape | None
-) -> AsyncGenerator[ChatChunk | ErrorBody, None]:
-    """What the events say: chunks, and an error as the last when a reply has broken off."""
-    usages: dict[int, core.Usage] = {}
-    readers = [ReplyReader(shape) for _ in range(len(choices))]
-    for index in range(len(choices)):
-        yield chunks.make(Delta(role="assistant", content=""), index=index)
-    async for index, output in choices:
-        usages[index] = output.usage
-        logprobs = make_logprobs(output.logprobs) if output.logprobs else None
-        deltas = [make_delta(piece) for piece in readers[index].read(output)]
-        for delta in deltas or ([Delta(content="")] if logprobs else []):
-            yield chunks.make(delta, index=index, logprobs=logprobs)
-            logprobs = None  # said once
-        failure = get_failure(output)
-        if failure is not None:
-            yield failure
-            return
-        if output.finish_reason is not None:
-            yield chunks.make(Delta(), readers[index].get_finish(output), make_timings(output.usage), index=index)
-    if chunks.usage:
-        yield chunks.make_usage(make_usage(add_usage(list(usages.values()))))
-
-
-def make_delta(piece: Piece) -> Delta:
-    """What a chunk says of a piece of the reply."""
-    return Delta(content=piece.text) if piece.kind == "content" else Delta(tool_calls=[make_call_delta(piece)])
 
 
 class EventStream(StreamingResponse):

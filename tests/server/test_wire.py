@@ -10,8 +10,9 @@ import pytest
 from fake_models import LIMITS
 from running import Running, run_fake_server, wait_until
 
+from engine.server.chunks import ChunkMaker
 from engine.server.protocol.chat import UNSUPPORTED, ChatChunk, Delta
-from engine.server.sse import ChunkMaker, make_event
+from engine.server.sse import make_event
 
 HI = [{"role": "user", "content": "hi"}]
 PATH = "/v1/chat/completions"

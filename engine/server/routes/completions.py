@@ -28,9 +28,10 @@ from engine.server.protocol.completion import (
     TextChoice,
     TextCompletion,
 )
-from engine.server.routes.chat import ANSWERS, CLIENT_LEFT, check_supported, make_params, run_while_connected
+from engine.server.routes.chat import ANSWERS, CLIENT_LEFT, run_while_connected
 from engine.server.sse import DONE, LINE_ENDS, EventStream
 from engine.server.state import check_model_name, get_model, get_settings
+from engine.server.wishes import check_supported, make_params
 
 router = APIRouter()
 

@@ -28,18 +28,12 @@ from engine.server.protocol.messages import (
     make_usage,
 )
 from engine.server.protocol.tools import make_call_id
-from engine.server.routes.chat import (
-    CLIENT_LEFT,
-    check_supported,
-    get_tool_choice,
-    make_params,
-    make_prompt,
-    run_while_connected,
-)
+from engine.server.routes.chat import CLIENT_LEFT, run_while_connected
 from engine.server.routes.completions import collect_all
 from engine.server.sse import EventStream
 from engine.server.state import check_model_name, get_model, get_settings
 from engine.server.translate import check_chat, make_named_event
+from engine.server.wishes import check_supported, get_tool_choice, make_params, make_prompt
 from engine.text.calls import Piece
 from engine.text.reading import ReplyReader
 

@@ -1,0 +1,73 @@
+"""What a chat request asks of the engine: its prompt, its sampling, and the grammar of its reply. Knows no HTTP."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from engine.core import SamplingParams
+from engine.errors import InvalidRequest
+from engine.model import LoadedModel
+from engine.server.protocol.chat import ChatRequest
+from engine.server.protocol.structured import make_output_grammar
+from engine.server.protocol.tools import ToolChoice, make_tool_choice, make_tools_grammar
+
+SAME = (  # fields of the body that are fields of SamplingParams
+    *("temperature", "top_p", "top_k", "min_p", "typical_p", "logit_bias", "seed", "max_tokens", "ignore_eos"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+)
+
+
+def check_supported(body: ChatRequest) -> None:
+    """Raise InvalidRequest for a field whose wish could only be ignored."""
+    name = body.get_unsupported()
+    if name is not None:
+        raise InvalidRequest(
+            f"this server does not support this value of '{name}'",
+            hint="leave it out",
+            code="unsupported_parameter",
+            param=name,
+        )
+
+
+def make_prompt(body: ChatRequest, model: LoadedModel) -> list[int]:
+    """The tokens of the conversation. Raises InvalidRequest when they cannot be made."""
+    messages = [message.make_template_value() for message in body.messages]
+    tools = [tool.model_dump(exclude_unset=True) for tool in body.tools or []] if get_tool_choice(body).tools else []
+    return model.engine.tokenizer.encode_chat(messages, tools=tools)
+
+
+def make_params(body: ChatRequest, model: LoadedModel) -> SamplingParams:
+    """What the request says of sampling, the model's own defaults for the rest, and the grammar of the reply.
+
+    Compiles that grammar, which may take a while. Raises InvalidRequest when it does not compile.
+    """
+    given: dict[str, Any] = {name: value for name in SAME if (value := getattr(body, name)) is not None}
+    given |= {name: tuple(value) for name in ("stop", "stop_token_ids") if (value := getattr(body, name))}
+    if body.logprobs:
+        given["logprobs"] = body.top_logprobs or 0
+    if body.max_completion_tokens is not None:
+        given["max_tokens"] = body.max_completion_tokens
+    wanted = make_reply_grammar(body, model)
+    if wanted is not None:
+        text, param = wanted
+        given["grammar"] = model.engine.grammars.compile(text, param=param)
+    return replace(model.defaults, **given)
+
+
+def get_tool_choice(body: ChatRequest) -> ToolChoice:
+    """Which tools the reply may call. Raises InvalidRequest."""
+    return make_tool_choice(body.tools, body.tool_choice, body.parallel_tool_calls)
+
+
+def make_reply_grammar(body: ChatRequest, model: LoadedModel) -> tuple[str, str] | None:
+    """What the reply is held to, and the parameter that says so. A reply that must be a call has no other format."""
+    choice = get_tool_choice(body)
+    output, calls = make_output_grammar(body), make_tools_grammar(choice, model.shape)
+    if output is not None and calls is not None and not choice.required:
+        raise InvalidRequest(
+            f"{output[1]} does not go with tools that may be called or not",
+            hint="send tool_choice none or required",
+            param=output[1],
+        )
+    return output if calls is None else (calls, "tools")
