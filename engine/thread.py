@@ -46,6 +46,7 @@ class EngineThread:
     """
 
     def __init__(self, make_engine: Callable[[], Engine], *, queue_limit: int = DEFAULT_QUEUE_LIMIT) -> None:
+        self._watchers: list[Callable[[Output], None]] = []
         self._commands: queue.SimpleQueue[Callable[[Engine], None]] = queue.SimpleQueue()
         self._lock = threading.Lock()  # guards _mailboxes, _stopped and the order of submissions
         self._mailboxes: dict[str, Mailbox] = {}
@@ -73,6 +74,10 @@ class EngineThread:
     def stopped(self) -> EngineStopped | None:
         """Why no request is taken any more (closing, closed or dead); None while the engine is well."""
         return self._stopped
+
+    def watch(self, watcher: Callable[[Output], None]) -> None:
+        """From now on show `watcher` every Output, inside the thread: it must be quick and not raise."""
+        self._watchers.append(watcher)
 
     def get_stats(self) -> Stats:
         """Counters and gauges of this moment; callable from any thread."""
@@ -205,6 +210,8 @@ class EngineThread:
         self._deadline = deadline if self._deadline is None else min(deadline, self._deadline)
 
     def _deliver(self, output: Output) -> None:
+        for watcher in self._watchers:
+            watcher(output)
         if output.finish_reason is None:
             self._mailboxes[output.request_id].put(output)
         else:

@@ -13,7 +13,8 @@ from engine.model import LoadedModel
 from engine.server.auth import KeyCheck
 from engine.server.errors import add_error_handlers
 from engine.server.limits import Admission, BodyLimit
-from engine.server.routes import chat, completions, health, messages, models, tokens
+from engine.server.metrics import CountRefusals, Metrics
+from engine.server.routes import chat, completions, health, messages, metrics, models, tokens
 from engine.server.routes.page import make_page_router
 from engine.server.settings import ServerSettings, split_list
 from engine.server.trace import RequestId
@@ -30,18 +31,23 @@ def make_app(
     """
     settings = settings or ServerSettings()
     # Without the documentation pages: they load scripts from elsewhere. /openapi.json stays.
-    app = FastAPI(title="mlcbuild", docs_url=None, redoc_url=None, middleware=make_middleware(model, settings, keys))
+    series = Metrics(model)
+    middleware = make_middleware(model, settings, keys, series)
+    app = FastAPI(title="mlcbuild", docs_url=None, redoc_url=None, middleware=middleware)
     app.state.model = model
+    app.state.metrics = series
     app.state.settings = settings
     app.state.draining = False
-    for route in (chat, completions, health, messages, models, tokens):
+    for route in (chat, completions, health, messages, metrics, models, tokens):
         app.include_router(route.router)
     app.include_router(make_page_router(static))
     add_error_handlers(app)
     return app
 
 
-def make_middleware(model: LoadedModel, settings: ServerSettings, keys: Sequence[str]) -> list[Middleware]:
+def make_middleware(
+    model: LoadedModel, settings: ServerSettings, keys: Sequence[str], series: Metrics
+) -> list[Middleware]:
     """The first one sees a request first and its answer last."""
     origins = split_list(settings.cors)
     cors = Middleware(
@@ -53,6 +59,7 @@ def make_middleware(model: LoadedModel, settings: ServerSettings, keys: Sequence
     )
     return [
         Middleware(RequestId),
+        Middleware(CountRefusals, metrics=series),
         *([cors] if origins else []),
         Middleware(KeyCheck, keys=keys),
         Middleware(Admission, capacity=model.engine.limits.max_batch + settings.max_queue),
