@@ -2,7 +2,7 @@
 
     from engine import LLM, SamplingParams
 
-`LLM` is the whole of it for a program; `EngineThread` is what the server drives. The names are loaded when first used,
+`LLM`, or `AsyncLLM`, is the whole of it for a program; `EngineThread` is what the server drives. The names are loaded when first used,
 so that `engine.artifact` stays free of numpy, the tokenizer and TVM.
 """
 
@@ -12,12 +12,14 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from engine.async_llm import AsyncLLM
     from engine.core import Output, SamplingParams, Usage
     from engine.errors import EngineError, EngineStopped, InvalidRequest, Overloaded, PackageInvalid
     from engine.llm import LLM
     from engine.thread import EngineThread
 
 __all__ = [
+    "AsyncLLM",
     "LLM",
     "EngineError",
     "EngineStopped",
@@ -30,7 +32,14 @@ __all__ = [
     "Usage",
 ]
 
-_MODULES = {"LLM": "llm", "EngineThread": "thread", "Output": "core", "SamplingParams": "core", "Usage": "core"}
+_MODULES = {
+    "LLM": "llm",
+    "AsyncLLM": "async_llm",
+    "EngineThread": "thread",
+    "Output": "core",
+    "SamplingParams": "core",
+    "Usage": "core",
+}
 
 
 def __getattr__(name: str) -> object:
