@@ -199,6 +199,8 @@ class Stats:
 
     `free_pages`: pages that no sequence has; `cached_pages` of them hold what the prefix cache remembers. Of all
     `prompt_tokens`, `cached_tokens` were found there. `evictions`: pages that it had to forget.
+    `guesses`: how often tokens were guessed ahead; of all `guessed_tokens`, `right_tokens` were right, each of which
+    saved a step of its sequence.
     """
 
     running: int
@@ -211,3 +213,6 @@ class Stats:
     cached_pages: int
     cached_tokens: int
     evictions: int
+    guesses: int
+    guessed_tokens: int
+    right_tokens: int

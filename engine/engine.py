@@ -16,15 +16,17 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.core import Batch, Limits, Output, Request, Stats
+from engine.core import Batch, Limits, Output, Request, Stats, join_outputs
 from engine.errors import DeadlineExceeded, EngineError, InvalidRequest
 from engine.progress import Progress
 from engine.request import get_max_tokens
 from engine.runtime.executor import Executor
 from engine.sampling.sampler import pick_token
+from engine.scheduler.lookup import PromptLookup
 from engine.scheduler.policy import Chunk, Scheduler
 from engine.text.tokenizer import Tokenizer
 
+GUESSES_PER_BATCH = 16  # over all sequences: with more rows, a batch on a processor takes longer than they save
 _log = logging.getLogger(__name__)
 
 
@@ -33,7 +35,8 @@ class Engine:
 
     A failure inside one sequence (unusable logits, text that cannot be decoded) ends that sequence with an error;
     an exception of the executor comes out of `step`, and the engine is then of no more use. `prefix_cache`: whether
-    requests read the pages of earlier ones that begin alike; it never changes what they say.
+    requests read the pages of earlier ones that begin alike. `draft_tokens`: how many tokens of a reply may be guessed
+    from its own text and checked in one batch; 0 = none. Neither ever changes what a request says.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class Engine:
         tokenizer: Tokenizer,
         *,
         prefix_cache: bool = True,
+        draft_tokens: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._executor = executor
@@ -51,6 +55,11 @@ class Engine:
         self._clock = clock
         self._requests: dict[str, Progress] = {}
         self._deadlines: list[tuple[float, str]] = []  # a heap; those of requests that have ended may still be in it
+        self._draft_tokens = draft_tokens
+        self._lookups: dict[str, PromptLookup] = {}
+        self._guesses = 0
+        self._guessed_tokens = 0
+        self._right_tokens = 0
         self._prompt_tokens = 0
         self._cached_tokens = 0
         self._completion_tokens = 0
@@ -80,8 +89,7 @@ class Engine:
         if not chunks:
             return late
         logits = self._run(chunks)
-        tokens = self._sample(chunks, logits)
-        return late + self._postprocess(chunks, tokens)
+        return late + self._postprocess(chunks, logits)
 
     def get_stats(self) -> Stats:
         """Gauges and counters of this moment; callable from any thread."""
@@ -96,6 +104,9 @@ class Engine:
             cached_pages=self._scheduler.num_cached_pages,
             cached_tokens=self._cached_tokens,
             evictions=self._scheduler.evictions,
+            guesses=self._guesses,
+            guessed_tokens=self._guessed_tokens,
+            right_tokens=self._right_tokens,
         )
 
     def close(self) -> None:
@@ -128,6 +139,21 @@ class Engine:
                 progress.start(now)
                 self._prompt_tokens += len(progress.request.prompt_tokens)
                 self._cached_tokens += chunk.sequence.cached or 0
+        return self._guess(chunks) if self._draft_tokens else chunks
+
+    def _guess(self, chunks: list[Chunk]) -> list[Chunk]:
+        """Add guesses to the chunks of one token, first come first served, as far as the batch has room."""
+        room = min(self._scheduler.get_guess_room(chunks), GUESSES_PER_BATCH)
+        for index, chunk in enumerate(chunks):
+            if room <= 0 or chunk.count > 1 or not chunk.samples:
+                break
+            sequence = chunk.sequence
+            lookup = self._lookups.get(sequence.request_id)
+            if lookup is None:
+                lookup = self._lookups[sequence.request_id] = PromptLookup(sequence.tokens, self._draft_tokens)
+            if guesses := lookup.guess(room):
+                chunks[index] = self._scheduler.attach(chunk, guesses)
+                room -= len(chunks[index].guesses)
         return chunks
 
     def _run(self, chunks: Sequence[Chunk]) -> NDArray[np.float32]:
@@ -136,34 +162,51 @@ class Engine:
             self._scheduler.advance(chunk)
         return logits
 
-    def _sample(self, chunks: Sequence[Chunk], logits: NDArray[np.float32]) -> list[int | Exception]:
-        """For each chunk that ends its sequence, in order: the next token, or what kept us from it."""
-        picked: list[int | Exception] = []
-        row = -1
+    def _sample(self, progress: Progress, logits: NDArray[np.float32]) -> int | Exception:
+        """The next token after logits [vocab], or what kept us from it."""
+        try:
+            token = pick_token(progress.constrain(logits), progress.request.params, progress.generator)
+            progress.record(logits, token)
+        except Exception as error:
+            return error
+        return token
+
+    def _postprocess(self, chunks: Sequence[Chunk], logits: NDArray[np.float32]) -> list[Output]:
+        """Score what is to be scored, and sample for each chunk that ends its sequence. Rows are as in `wanted`."""
+        now, first = self._clock(), 0
+        outputs = []
         for chunk in chunks:
             progress = self._requests[chunk.sequence.request_id]
-            for position in chunk.wanted:
-                row += 1
-                if position < chunk.sequence.scored:
-                    progress.score(logits[row], position)
+            for offset in range(chunk.num_scored):
+                progress.score(logits[first + offset], chunk.start + offset)
+            first += chunk.num_scored
             if not chunk.samples:
                 continue
-            try:
-                token = pick_token(progress.constrain(logits[row]), progress.request.params, progress.generator)
-                progress.record(logits[row], token)
-                picked.append(token)
-            except Exception as error:
-                picked.append(error)
-        return picked
-
-    def _postprocess(self, chunks: Sequence[Chunk], picked: Sequence[int | Exception]) -> list[Output]:
-        now = self._clock()
-        outputs = []
-        for chunk, token in zip([c for c in chunks if c.samples], picked, strict=True):
-            progress = self._requests[chunk.sequence.request_id]
-            output = self._accept(progress, token, now)
+            last = first + 1 + len(chunk.guesses)
+            output = self._accept(progress, self._sample(progress, logits[first]), now)
+            if chunk.guesses:
+                output = self._check_guesses(progress, chunk, logits[first + 1 : last], output)
             outputs.append(output if output.finish_reason is None else self._end(progress, output))
+            first = last
         return outputs
+
+    def _check_guesses(
+        self, progress: Progress, chunk: Chunk, logits: NDArray[np.float32], output: Output
+    ) -> Output:
+        """Go on sampling as long as the token before was guessed: only then do its logits belong to this text."""
+        right, now = 0, self._clock()
+        for guess, row in zip(chunk.guesses, logits, strict=True):
+            if output.finish_reason is not None or output.token_ids[-1] != guess:
+                break
+            right += 1
+            output = join_outputs(output, self._accept(progress, self._sample(progress, row), now))
+        self._guesses += 1
+        self._guessed_tokens += len(chunk.guesses)
+        self._right_tokens += right
+        self._lookups[chunk.sequence.request_id].learn(len(chunk.guesses), right)
+        if output.finish_reason is None and right:
+            self._scheduler.advance(Chunk(chunk.sequence, chunk.sequence.computed, right, samples=False))
+        return output
 
     def _accept(self, progress: Progress, token: int | Exception, now: float) -> Output:
         try:
@@ -182,24 +225,29 @@ class Engine:
     def _end(self, progress: Progress, last: Output) -> Output:
         self._scheduler.remove(progress.sequence)
         del self._requests[progress.request.request_id]
+        self._lookups.pop(progress.request.request_id, None)
         return last
 
 
 def make_batch(chunks: Sequence[Chunk]) -> Batch:
-    """The arrays that the executor takes, one row for each chunk."""
-    counts = np.array([c.count for c in chunks], np.int32)
-    ends = np.cumsum(counts, dtype=np.int32)
+    """The arrays that the executor takes, one row for each chunk; guesses run behind the tokens of theirs."""
+    counts = np.array([c.count + len(c.guesses) for c in chunks], np.int32)
     width = max(len(c.sequence.pages) for c in chunks)
     page_table = np.zeros((len(chunks), width), np.int32)
+    tokens: list[int] = []
+    positions: list[int] = []
+    wanted: list[int] = []
     for row, chunk in enumerate(chunks):
-        page_table[row, : len(chunk.sequence.pages)] = chunk.sequence.pages
-    spans = [range(c.start, c.start + c.count) for c in chunks]
+        sequence, start, stop = chunk.sequence, chunk.start, chunk.start + chunk.count
+        page_table[row, : len(sequence.pages)] = sequence.pages
+        wanted += [len(tokens) + offset for offset in chunk.wanted]
+        tokens += sequence.tokens[start:stop]
+        tokens += chunk.guesses
+        positions += range(start, stop + len(chunk.guesses))
     return Batch(
-        tokens=np.array([t for c in chunks for t in c.sequence.tokens[c.start : c.start + c.count]], np.int32),
-        positions=np.array([p for span in spans for p in span], np.int32),
+        tokens=np.array(tokens, np.int32),
+        positions=np.array(positions, np.int32),
         rows=np.repeat(np.arange(len(chunks), dtype=np.int32), counts),
         page_table=page_table,
-        logit_rows=np.array(
-            [end - c.count + p - c.start for c, end in zip(chunks, ends, strict=True) for p in c.wanted], np.int32
-        ),
+        logit_rows=np.array(wanted, np.int32),
     )

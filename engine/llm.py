@@ -30,8 +30,9 @@ class LLM:
 
     `mode` (local, interactive, server), `kv_tokens` and `memory_fraction` decide how many requests run at once and how
     large the KV cache is: see engine.runtime.memory. `prefix_cache`: whether requests read what earlier ones that
-    begin alike have computed. `queue_limit` is the number of requests that may wait. All requests run together: start
-    several with `stream`, then read each.
+    begin alike have computed. `draft_tokens`: how many tokens may be guessed from the text itself, 0 = none.
+    `queue_limit` is the number of requests that may wait. All requests run together: start several with `stream`, then
+    read each.
     Raises PackageInvalid for a package that this machine cannot run, DoesNotFit when its memory is too small.
     """
 
@@ -43,10 +44,11 @@ class LLM:
         kv_tokens: int | None = None,
         memory_fraction: float = 0.85,
         prefix_cache: bool = True,
+        draft_tokens: int = 0,
         queue_limit: int = DEFAULT_QUEUE_LIMIT,
     ) -> None:
         budget = Budget(mode, kv_tokens, memory_fraction)
-        make = make_package_engine(Path(path), budget, prefix_cache=prefix_cache)
+        make = make_package_engine(Path(path), budget, prefix_cache=prefix_cache, draft_tokens=draft_tokens)
         self.thread = EngineThread(make, queue_limit=queue_limit)
         self._finalizer = weakref.finalize(self, self.thread.close)
 
@@ -104,7 +106,9 @@ class LLM:
         self.close()
 
 
-def make_package_engine(path: Path, budget: Budget, *, prefix_cache: bool = True) -> Callable[[], Engine]:
+def make_package_engine(
+    path: Path, budget: Budget, *, prefix_cache: bool = True, draft_tokens: int = 0
+) -> Callable[[], Engine]:
     """What EngineThread takes: a function that opens the package, on the thread that calls it, and loads TVM."""
 
     def make() -> Engine:
@@ -113,7 +117,8 @@ def make_package_engine(path: Path, budget: Budget, *, prefix_cache: bool = True
 
         package = open_package(path)
         tokenizer = load_tokenizer(package.root)
-        return Engine(TvmExecutor(package, budget), tokenizer, prefix_cache=prefix_cache)
+        executor = TvmExecutor(package, budget)
+        return Engine(executor, tokenizer, prefix_cache=prefix_cache, draft_tokens=draft_tokens)
 
     return make
 

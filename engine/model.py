@@ -10,8 +10,8 @@ from pathlib import Path
 from engine.artifact import Package, open_package
 from engine.core import SamplingParams
 from engine.llm import make_package_engine
-from engine.text.calls import Shape, load_shape
 from engine.runtime.memory import Budget
+from engine.text.calls import Shape, load_shape
 from engine.thread import DEFAULT_QUEUE_LIMIT, EngineThread
 
 
@@ -37,6 +37,7 @@ def load_model(
     *,
     name: str = "",
     prefix_cache: bool = True,
+    draft_tokens: int = 0,
     queue_limit: int = DEFAULT_QUEUE_LIMIT,
 ) -> LoadedModel:
     """Open the package in folder `path` and start its engine.
@@ -49,7 +50,8 @@ def load_model(
     defaults = load_defaults(package)
     tool_format = package.manifest.recipes["model"]["chat"]["tool_format"]
     shape = None if tool_format is None else load_shape(tool_format)
-    engine = EngineThread(make_package_engine(path, budget, prefix_cache=prefix_cache), queue_limit=queue_limit)
+    make = make_package_engine(path, budget, prefix_cache=prefix_cache, draft_tokens=draft_tokens)
+    engine = EngineThread(make, queue_limit=queue_limit)
     return LoadedModel(name or variant.split("/")[0], variant, int(time.time()), engine, defaults, shape)
 
 

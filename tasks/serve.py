@@ -42,6 +42,7 @@ def run_serve(package: Path, variables: Mapping[str, str]) -> None:
             Budget(settings.mode, settings.kv_tokens or None, settings.memory_fraction),
             name=settings.model_name,
             prefix_cache=bool(settings.prefix_cache),
+            draft_tokens=settings.draft_tokens,
             queue_limit=settings.max_queue,
         )
         run_server(load, settings, functools.partial(print, flush=True))

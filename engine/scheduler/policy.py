@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.core import Limits
 from engine.scheduler.blocks import PageAllocator
@@ -51,18 +51,27 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens [start, start + count) of a sequence, to run now. `samples`: they are its last, so a token follows."""
+    """Tokens [start, start + count) of a sequence, to run now. `samples`: they are its last, so a token follows.
+
+    `guesses` of what follows run behind them; what comes after each is wanted too.
+    """
 
     sequence: Sequence
     start: int
     count: int
     samples: bool
+    guesses: tuple[int, ...] = ()
+
+    @property
+    def num_scored(self) -> int:
+        """How many of its first tokens are scored."""
+        return max(0, min(self.count, self.sequence.scored - self.start))
 
     @property
     def wanted(self) -> list[int]:
-        """Positions whose logits are wanted, rising: those that are scored, then the last one if it `samples`."""
-        end = self.start + self.count
-        return [*range(self.start, min(end, self.sequence.scored)), *([end - 1] if self.samples else [])]
+        """Offsets in the chunk whose logits are wanted: those scored; if it `samples`, the last and all guesses."""
+        end = self.count + len(self.guesses)
+        return [*range(self.num_scored), *(range(self.count - 1, end) if self.samples else ())]
 
 
 class Scheduler:
@@ -145,6 +154,19 @@ class Scheduler:
                 budget -= count
         return sorted(chunks, key=lambda c: c.count > 1)
 
+    def get_guess_room(self, chunks: Iterable[Chunk]) -> int:
+        """Tokens that this batch could take besides `chunks`."""
+        return self._limits.prefill_chunk - sum(chunk.count + len(chunk.guesses) for chunk in chunks)
+
+    def attach(self, chunk: Chunk, guesses: tuple[int, ...]) -> Chunk:
+        """The chunk with as many of `guesses` as the context and the pages hold; a page is taken if many are free."""
+        sequence, size = chunk.sequence, self._limits.page_size
+        length = len(sequence.tokens)
+        guesses = guesses[: self._limits.context_window - length]
+        if length + len(guesses) > len(sequence.pages) * size and self.num_free_pages > 2 * len(self._running):
+            sequence.pages += self._take(1, sequence.pages[-1])
+        return replace(chunk, guesses=guesses[: len(sequence.pages) * size - length])
+
     def advance(self, chunk: Chunk) -> None:
         """Record that a chunk has run. Pages that it has filled are the prefix cache's from now on."""
         sequence, size = chunk.sequence, self._limits.page_size
@@ -163,7 +185,7 @@ class Scheduler:
         for sequence in list(self._running):
             while sequence.pages and self._missing(sequence) > self.num_free_pages:
                 self._preempt()
-            if sequence.pages and (missing := self._missing(sequence)):
+            if sequence.pages and (missing := self._missing(sequence)) > 0:
                 sequence.pages += self._take(missing, sequence.pages[-1])
 
     def _make_place(self) -> None:

@@ -42,6 +42,7 @@ class ServerSettings:
     kv_tokens: int = _setting(0, "tokens that the KV cache holds, over all requests; 0 = what the mode says")
     memory_fraction: float = _setting(0.85, "of the free memory, what the engine may take at most")
     prefix_cache: int = _setting(1, "1 = prompts that begin as earlier ones did re-use their pages; 0 = off")
+    draft_tokens: int = _setting(0, "tokens guessed ahead where a reply repeats earlier text; 0 = off")
     api_key: str = _setting("", "keys, with commas between them; clients must send one of them for all but /health")
     api_key_file: str = _setting("", "file with more keys, one a line; lines that start with # are comments")
     cors: str = _setting("", "origins whose web pages may ask, with commas between them; * = all; default: none")
@@ -74,6 +75,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "max_queue": (0, 1_000_000),
     "kv_tokens": (0, 1 << 40),
     "prefix_cache": (0, 1),
+    "draft_tokens": (0, 16),
     "max_tokens": (0, 1 << 40),
     "max_body_bytes": (1024, 1 << 30),
     "max_prompt_chars": (1, 1 << 30),

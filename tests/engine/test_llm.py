@@ -23,7 +23,7 @@ def llm(monkeypatch: pytest.MonkeyPatch):
     def make() -> Engine:
         return make_talking_engine("Good day", prompt="<|bot|>")
 
-    monkeypatch.setattr("engine.llm.make_package_engine", lambda path, budget, prefix_cache: make)
+    monkeypatch.setattr("engine.llm.make_package_engine", lambda path, budget, **_: make)
     with LLM("anything") as llm:
         yield llm
 
@@ -61,7 +61,7 @@ def test_failures_are_raised(monkeypatch: pytest.MonkeyPatch, llm: LLM) -> None:
 
 
 def test_a_dropped_llm_ends_its_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.llm.make_package_engine", lambda path, budget, prefix_cache: make_engine)
+    monkeypatch.setattr("engine.llm.make_package_engine", lambda path, budget, **_: make_engine)
     llm = LLM("anything")
     thread = llm.thread._thread
     assert thread in threading.enumerate()

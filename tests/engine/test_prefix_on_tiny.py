@@ -1,4 +1,4 @@
-"""The prefix cache over real kernels: the same tokens with it, without it, and whatever else is in the batch."""
+"""Prefix cache and guessing over real kernels: the same tokens with and without, whatever else is in the batch."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def executor() -> Iterator[TvmExecutor]:
     executor.close()
 
 
-def make_engine(executor: TvmExecutor, prefix_cache: bool) -> Engine:
+def make_engine(executor: TvmExecutor, prefix_cache: bool, draft_tokens: int = 0) -> Engine:
     assert PACKAGE is not None
-    return Engine(executor, load_tokenizer(PACKAGE), prefix_cache=prefix_cache)
+    return Engine(executor, load_tokenizer(PACKAGE), prefix_cache=prefix_cache, draft_tokens=draft_tokens)
 
 
 def talk(engine: Engine, seed: int, others: int = 0) -> list[Output]:
@@ -69,6 +69,20 @@ def test_a_conversation_is_the_same_with_and_without(executor: TvmExecutor, seed
         assert [r.token_ids for r in replies] == [r.token_ids for r in wanted]
         assert engine.get_stats().free_pages == executor.limits.num_pages
     assert [r.usage.cached_tokens for r in wanted] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+def test_guessing_changes_nothing(executor: TvmExecutor, temperature: float) -> None:
+    replies = []
+    for draft_tokens in (0, 6):
+        engine = make_engine(executor, prefix_cache=True, draft_tokens=draft_tokens)
+        for seed, text in enumerate(("Tom has a red ball. ", "One, two, three. ", "The dog and the cat run. ")):
+            prompt = engine.tokenizer.encode(text * 6)
+            params = {"temperature": temperature, "seed": seed, "max_tokens": 60, "ignore_eos": True}
+            engine.add(make_request(str(seed), prompt, **params))
+        replies.append({name: output.token_ids for name, output in run_all(engine).items()})
+        assert (engine.get_stats().right_tokens > 10) == (draft_tokens > 0)
+    assert replies[0] == replies[1]
 
 
 def test_a_turn_computes_only_what_is_new(executor: TvmExecutor) -> None:
