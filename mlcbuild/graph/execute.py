@@ -1,6 +1,6 @@
 """Executes one action through the cache: current, else restored from the store, else run in a scratch folder.
 
-    key -> is what we have current? -> does the store have it? -> run -> store -> outputs -> state
+    key -> is what we have current? -> does the store, or the remote, have it? -> run -> store -> outputs -> state
 
 The store hears of a result before its outputs appear, and outputs appear by rename, so a build that is killed anywhere
 leaves nothing that a later one would mistake for finished.
@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,7 @@ from mlcbuild.graph.action import (
 )
 from mlcbuild.graph.code import CodeDigests
 from mlcbuild.graph.digest import DigestMemo, get_location, get_stat
+from mlcbuild.graph.remote import Remote, get_remote
 from mlcbuild.graph.settings import settings
 from mlcbuild.graph.store import Record, Store, make_blobs
 from mlcbuild.graph.versions import get_version
@@ -42,7 +43,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How an action ended: `status` is ok (it was current), hit (restored) or run; `seconds` it took just now."""
+    """How an action ended: `status` is ok (it was current), hit (restored), remote hit (restored from the remote
+    cache) or run; `seconds` it took just now."""
 
     status: str
     key: str
@@ -66,15 +68,18 @@ class Workspace:
 
     def make_specification(self, action: Action) -> dict[str, Any]:
         """What the action's key is made of. StepError when an input does not exist."""
-        specification = make_specification(
-            action,
-            code=self.code.get_closure(action.module, action.code),
-            inputs={name: self._get_input_digest(action, name) for name in sorted(action.inputs)},
-            tools={name: get_version(name) for name in sorted(action.tools)},
-            environment={name: os.environ.get(name) for name in sorted(action.environment)},
-        )
+        inputs = {name: self._get_input_digest(action, name) for name in sorted(action.inputs)}
+        return make_specification(action, inputs=inputs, **self.get_circumstances(action))
+
+    def get_circumstances(self, action: Action) -> dict[str, Any]:
+        """The parts of a specification that are neither declared nor inputs: code, tools, environment."""
+        circumstances = {
+            "code": self.code.get_closure(action.module, action.code),
+            "tools": {name: get_version(name) for name in sorted(action.tools)},
+            "environment": {name: os.environ.get(name) for name in sorted(action.environment)},
+        }
         self.code.save()
-        return specification
+        return circumstances
 
     def is_current(self, action: Action, key: str) -> bool:
         """Whether the outputs are those of `key`, untouched since they were placed."""
@@ -85,6 +90,24 @@ class Workspace:
             return all(list(get_stat(self.root / path)) == stat for path, stat in state["outputs"].items())
         except FileNotFoundError:
             return False
+
+    def load_provenance(self, action: Action) -> dict[str, Any] | None:
+        """Key and specification (`made_of`) of the action's last success here, None when there was none."""
+        try:
+            return dict(json.loads((self.root / get_provenance_path(action.task)).read_text("utf-8")))
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def list_damage(self, action: Action) -> list[str]:
+        """What happened to the outputs since they were placed: a text for each file that is missing or changed."""
+        found = []
+        for path, stat in self._load_state(action).get("outputs", {}).items():
+            try:
+                if list(get_stat(self.root / path)) != stat:
+                    found.append(f"{path} changed")
+            except FileNotFoundError:
+                found.append(f"{path} is missing")
+        return found
 
     def list_outputs(self, action: Action) -> list[str]:
         """The files that the action has placed, relative to the root; empty when it has not been executed."""
@@ -177,13 +200,12 @@ def execute(action: Action, root: Path) -> Outcome:
 
 
 def _make(workspace: Workspace, action: Action, key: str, specification: dict[str, Any], scratch: Path) -> str:
-    """Restore or run into `scratch`, then place the outputs: "hit" or "run"."""
+    """Restore or run into `scratch`, then place the outputs: "hit", "remote hit" or "run"."""
     outputs = {name: scratch / "out" / name / path.name for name, path in action.outputs.items()}
-    record = None if settings.always else workspace.store.load_record(key)
-    if record is not None and workspace.store.restore(record, outputs):
-        status = "hit"
-    else:
-        status, started = "run", time.perf_counter()
+    remote = get_remote()
+    record, status = _restore(workspace.store, remote, key, outputs)
+    if record is None:
+        started = time.perf_counter()
         remove(scratch / "out")
         for path in outputs.values():
             path.parent.mkdir(parents=True)
@@ -194,7 +216,25 @@ def _make(workspace: Workspace, action: Action, key: str, specification: dict[st
     for name, path in outputs.items():
         _place(path, workspace.root / action.outputs[name], scratch / f"old-{name}")
     workspace.save_state(action, record)
+    if remote is not None and status == "run":
+        remote.push(record, workspace.store, settings.report)
     return status
+
+
+def _restore(store: Store, remote: Remote | None, key: str, outputs: Mapping[str, Path]) -> tuple[Record | None, str]:
+    """The record of `key` with its files at `outputs`, and where it came from; None and "run" when nobody has it."""
+    if settings.always:
+        return None, "run"
+    record = store.load_record(key)
+    if record is not None and store.restore(record, outputs):
+        return record, "hit"
+    record = remote.fetch(key, store, settings.report) if remote is not None else None
+    if record is not None:
+        for path in outputs.values():
+            remove(path)  # what a damaged record of our own has left
+        if store.restore(record, outputs):
+            return record, "remote hit"
+    return None, "run"
 
 
 def _run(workspace: Workspace, action: Action, outputs: dict[str, Path]) -> None:
@@ -240,10 +280,15 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def make_json_text(value: Any) -> str:
+    """The text of a state or provenance file."""
+    return json.dumps(value, indent=1, sort_keys=True)
+
+
 def _write_json(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f"{path.name}.{os.getpid()}")
-    scratch.write_text(json.dumps(value, indent=1, sort_keys=True), "utf-8")
+    scratch.write_text(make_json_text(value), "utf-8")
     os.replace(scratch, path)
 
 
