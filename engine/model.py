@@ -20,7 +20,7 @@ class LoadedModel:
     """What the server and the terminal chat work with. Whoever loads it closes `engine`.
 
     `name` is what clients call it, `variant` the id of its package, `created` seconds since 1970. `shape` is how it
-    spells tool calls, None if it cannot call tools.
+    spells tool calls, None if it cannot call tools; `reasoning` the tag around its thoughts, as think of <think>.
     """
 
     name: str
@@ -29,6 +29,7 @@ class LoadedModel:
     engine: EngineThread
     defaults: SamplingParams
     shape: Shape | None = None
+    reasoning: str | None = None
 
 
 def load_model(
@@ -48,11 +49,12 @@ def load_model(
     package = open_package(path)
     variant = package.manifest.variant
     defaults = load_defaults(package)
-    tool_format = package.manifest.recipes["model"]["chat"]["tool_format"]
-    shape = None if tool_format is None else load_shape(tool_format)
+    chat = package.manifest.recipes["model"]["chat"]
+    shape = None if chat["tool_format"] is None else load_shape(chat["tool_format"])
     make = make_package_engine(path, budget, prefix_cache=prefix_cache, draft_tokens=draft_tokens)
     engine = EngineThread(make, queue_limit=queue_limit)
-    return LoadedModel(name or variant.split("/")[0], variant, int(time.time()), engine, defaults, shape)
+    name = name or variant.split("/")[0]
+    return LoadedModel(name, variant, int(time.time()), engine, defaults, shape, chat["reasoning"])
 
 
 def load_defaults(package: Package) -> SamplingParams:

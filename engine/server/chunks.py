@@ -11,8 +11,8 @@ from engine.server.completion import find_error, make_logprobs, make_timings, ma
 from engine.server.protocol.chat import ChatChunk, ChunkChoice, Delta, Logprobs, Timings
 from engine.server.protocol.chat import Usage as WireUsage
 from engine.server.protocol.tools import make_call_delta
-from engine.text.calls import Piece, Shape
-from engine.text.reading import ReplyReader
+from engine.text.calls import Piece
+from engine.text.reading import Reading, ReplyReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +50,11 @@ class ChunkMaker:
 
 
 class ChunkWriter:
-    """Turns the Outputs of `count` replies into chunks: `start`, then `add` each Output, then `finish`.
+    """Turns the Outputs of `count` replies into chunks: `start`, then `add` each Output, then `finish`."""
 
-    `shape`: how tool calls are spelled in the replies; None when there can be none.
-    """
-
-    def __init__(self, chunks: ChunkMaker, count: int, shape: Shape | None) -> None:
+    def __init__(self, chunks: ChunkMaker, count: int, reading: Reading) -> None:
         self._chunks = chunks
-        self._readers = [ReplyReader(shape) for _ in range(count)]
+        self._readers = [ReplyReader(reading) for _ in range(count)]
         self._usages: dict[int, core.Usage] = {}
 
     def start(self) -> list[ChatChunk]:
@@ -89,4 +86,6 @@ class ChunkWriter:
 
 def make_delta(piece: Piece) -> Delta:
     """What a chunk says of a piece of the reply."""
+    if piece.kind == "reasoning":
+        return Delta(reasoning=piece.text, reasoning_content=piece.text)
     return Delta(content=piece.text) if piece.kind == "content" else Delta(tool_calls=[make_call_delta(piece)])

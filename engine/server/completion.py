@@ -23,8 +23,7 @@ from engine.server.protocol.chat import (
 )
 from engine.server.protocol.errors import ErrorBody, make_engine_error
 from engine.server.protocol.tools import make_calls
-from engine.text.calls import Shape
-from engine.text.reading import ReplyReader
+from engine.text.reading import Reading, ReplyReader
 
 LEAST_LOGPROB = -9999.0  # OpenAI's number for what cannot be; JSON has no infinity
 
@@ -91,31 +90,35 @@ async def collect_all(choices: Choices) -> list[Output]:
 
 
 def make_completion(
-    outputs: Sequence[Output], *, id: str, created: int, model: str, shape: Shape | None, logprobs: bool = False
+    outputs: Sequence[Output], *, id: str, created: int, model: str, reading: Reading, logprobs: bool = False
 ) -> ChatCompletion:
-    """The body of an answer that is not streamed, a choice for each output. `created` is in seconds since 1970.
-
-    `shape`: how tool calls are spelled in it; None when there can be none.
-    """
+    """The body of an answer that is not streamed, a choice for each output. `created` is in seconds since 1970."""
     usage = add_usage([output.usage for output in outputs])
     return ChatCompletion(
         id=id,
         object="chat.completion",
         created=created,
         model=model,
-        choices=[make_choice(index, output, shape, logprobs) for index, output in enumerate(outputs)],
+        choices=[make_choice(index, output, reading, logprobs) for index, output in enumerate(outputs)],
         usage=make_usage(usage),
         timings=make_timings(usage),
     )
 
 
-def make_choice(index: int, output: Output, shape: Shape | None, logprobs: bool) -> Choice:
+def make_choice(index: int, output: Output, reading: Reading, logprobs: bool) -> Choice:
     """One whole reply, with its log probabilities if they were asked for."""
-    reader = ReplyReader(shape)
+    reader = ReplyReader(reading)
     pieces = reader.read(output)
     content = "".join(piece.text for piece in pieces if piece.kind == "content")
+    thoughts = "".join(piece.text for piece in pieces if piece.kind == "reasoning") or None
     calls = make_calls(pieces)
-    message = ReplyMessage(role="assistant", content=content or ("" if not calls else None), tool_calls=calls or None)
+    message = ReplyMessage(
+        role="assistant",
+        content=content or ("" if not calls else None),
+        tool_calls=calls or None,
+        reasoning=thoughts,
+        reasoning_content=thoughts,
+    )
     found = make_logprobs(output.logprobs) if logprobs else None
     return Choice.model_validate(
         {"index": index, "message": message, "finish_reason": reader.get_finish(output), "logprobs": found}

@@ -22,7 +22,7 @@ from engine.server.chunks import ChunkMaker, ChunkWriter
 from engine.server.completion import get_failure
 from engine.server.protocol.chat import ChatChunk
 from engine.server.protocol.errors import ErrorBody
-from engine.text.calls import Shape
+from engine.text.reading import Reading
 
 DONE = b"data: [DONE]\n\n"
 # Line ends to some clients, and legal within a JSON string; JSON escapes all other line ends by itself.
@@ -34,14 +34,9 @@ def make_event(body: ChatChunk | ErrorBody) -> bytes:
     return f"data: {body.model_dump_json(exclude_unset=True).translate(LINE_ENDS)}\n\n".encode()
 
 
-async def stream_events(
-    choices: Choices, chunks: ChunkMaker, shape: Shape | None = None
-) -> AsyncGenerator[bytes, None]:
-    """The events of `choices`, which are aborted when this iterator is closed before their end.
-
-    `shape`: how tool calls are spelled in them; None when there can be none.
-    """
-    writer = ChunkWriter(chunks, len(choices), shape)
+async def stream_events(choices: Choices, chunks: ChunkMaker, reading: Reading) -> AsyncGenerator[bytes, None]:
+    """The events of `choices`, which are aborted when this iterator is closed before their end."""
+    writer = ChunkWriter(chunks, len(choices), reading)
     async with choices:
         for chunk in writer.start():
             yield make_event(chunk)

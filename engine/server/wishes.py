@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,10 @@ from engine.model import LoadedModel
 from engine.server.protocol.chat import ChatRequest
 from engine.server.protocol.structured import make_output_grammar
 from engine.server.protocol.tools import ToolChoice, make_tool_choice, make_tools_grammar
+from engine.text.reading import Reading
+from engine.text.reasoning import Thinking, add_thinking, find_thinking
 
+PROMPT_END = 16  # tokens at the end of the prompt that say whether it opens the reply's thoughts
 SAME = (  # fields of the body that are fields of SamplingParams
     *("temperature", "top_p", "top_k", "min_p", "typical_p", "logit_bias", "seed", "max_tokens", "ignore_eos"),
     *("repetition_penalty", "presence_penalty", "frequency_penalty"),
@@ -34,13 +38,14 @@ def make_prompt(body: ChatRequest, model: LoadedModel) -> list[int]:
     """The tokens of the conversation. Raises InvalidRequest when they cannot be made."""
     messages = [message.make_template_value() for message in body.messages]
     tools = [tool.model_dump(exclude_unset=True) for tool in body.tools or []] if get_tool_choice(body).tools else []
-    return model.engine.tokenizer.encode_chat(messages, tools=tools)
+    return model.engine.tokenizer.encode_chat(messages, tools=tools, **get_variables(body, model))
 
 
-def make_params(body: ChatRequest, model: LoadedModel) -> SamplingParams:
+def make_params(body: ChatRequest, model: LoadedModel, prompt: Sequence[int] = ()) -> SamplingParams:
     """What the request says of sampling, the model's own defaults for the rest, and the grammar of the reply.
 
-    Compiles that grammar, which may take a while. Raises InvalidRequest when it does not compile.
+    Compiles that grammar, which may take a while; its reply may think before if the end of `prompt` allows it.
+    Raises InvalidRequest when it does not compile.
     """
     given: dict[str, Any] = {name: value for name in SAME if (value := getattr(body, name)) is not None}
     given |= {name: tuple(value) for name in ("stop", "stop_token_ids") if (value := getattr(body, name))}
@@ -48,7 +53,7 @@ def make_params(body: ChatRequest, model: LoadedModel) -> SamplingParams:
         given["logprobs"] = body.top_logprobs or 0
     if body.max_completion_tokens is not None:
         given["max_tokens"] = body.max_completion_tokens
-    wanted = make_reply_grammar(body, model)
+    wanted = make_reply_grammar(body, model, make_reading(body, model, prompt).thinking)
     if wanted is not None:
         text, param = wanted
         given["grammar"] = model.engine.grammars.compile(text, param=param)
@@ -60,14 +65,36 @@ def get_tool_choice(body: ChatRequest) -> ToolChoice:
     return make_tool_choice(body.tools, body.tool_choice, body.parallel_tool_calls)
 
 
-def make_reply_grammar(body: ChatRequest, model: LoadedModel) -> tuple[str, str] | None:
+def make_reading(body: ChatRequest, model: LoadedModel, prompt: Sequence[int]) -> Reading:
+    """How to read the replies to `prompt`; to a prompt of no tokens, which is no conversation, as plain text."""
+    end = model.engine.tokenizer.decode(prompt[-PROMPT_END:], skip_special_tokens=False)
+    thinking = find_thinking(model.reasoning, end) if prompt else None
+    return Reading(model.shape if get_tool_choice(body).tools else None, thinking)
+
+
+def make_reply_grammar(body: ChatRequest, model: LoadedModel, thinking: Thinking | None) -> tuple[str, str] | None:
     """What the reply is held to, and the parameter that says so. A reply that must be a call has no other format."""
     choice = get_tool_choice(body)
-    output, calls = make_output_grammar(body), make_tools_grammar(choice, model.shape)
+    not_first = thinking.begin if thinking is not None and not thinking.opened else ""
+    output, calls = make_output_grammar(body), make_tools_grammar(choice, model.shape, not_first=not_first)
     if output is not None and calls is not None and not choice.required:
         raise InvalidRequest(
             f"{output[1]} does not go with tools that may be called or not",
             hint="send tool_choice none or required",
             param=output[1],
         )
-    return output if calls is None else (calls, "tools")
+    wanted = output if calls is None else (calls, "tools")
+    return wanted if wanted is None or thinking is None else (add_thinking(wanted[0], thinking), wanted[1])
+
+
+def get_variables(body: ChatRequest, model: LoadedModel) -> dict[str, Any]:
+    """Further names for the chat template, enable_thinking above all. Raises InvalidRequest for names that are ours."""
+    variables = dict(body.chat_template_kwargs or {})
+    if taken := sorted(variables.keys() & {"messages", "tools", "add_generation_prompt"}):
+        raise InvalidRequest(f"{taken[0]} is no free name", hint="leave it out", param="chat_template_kwargs")
+    if body.reasoning_effort not in (None, "none") and model.reasoning is None:
+        raise InvalidRequest("this model does not think", hint="leave it out", param="reasoning_effort")
+    if body.reasoning_effort is not None:
+        effort = body.reasoning_effort
+        variables = {"reasoning_effort": effort, "enable_thinking": effort != "none"} | variables
+    return variables

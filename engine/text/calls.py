@@ -58,11 +58,13 @@ def load_shape(name: str) -> Shape:
     return shape
 
 
-def make_calls_grammar(shape: Shape, arguments: Mapping[str, str], *, required: bool, parallel: bool) -> str:
+def make_calls_grammar(
+    shape: Shape, arguments: Mapping[str, str], *, required: bool, parallel: bool, not_first: str = ""
+) -> str:
     """Lark rules, of which `reply` is the first: text and then calls, or calls alone when they are `required`.
 
     `arguments`: for each function's name the right side of a rule for its arguments, as of make_json_rule.
-    `parallel`: whether there may be more than one call.
+    `parallel`: whether there may be more than one call. `not_first`: what text may not begin with.
     """
     names = list(arguments)
     more = f"({_quote(shape.between)} call)*" if parallel else ""
@@ -70,11 +72,12 @@ def make_calls_grammar(shape: Shape, arguments: Mapping[str, str], *, required: 
     lines = [f"reply: {_quote(shape.begin)} calls", f"calls: {calls}"]
     if not required:
         begin = escape(shape.begin)
+        other = f" & ~/{escape(not_first)}(.|\\n)*/" if not_first else ""
         if shape.whole:
-            lines[0] += f" | TEXT\nTEXT: /(.|\\n)*/ & ~/{begin}(.|\\n)*/"
+            lines[0] += f" | TEXT\nTEXT: /(.|\\n)*/ & ~/{begin}(.|\\n)*/{other}"
         else:
-            lines[0] = f"reply: TEXT | until_call calls\nuntil_call[lazy]: /(.|\\n)*{begin}/"
-            lines += [f"TEXT: /(.|\\n)*/ & ~/(.|\\n)*{begin}(.|\\n)*/"]
+            lines[0] = f"reply: TEXT | until_call calls\nuntil_call[lazy]: /(.|\\n)*{begin}/{other}"
+            lines += [f"TEXT: /(.|\\n)*/ & ~/(.|\\n)*{begin}(.|\\n)*/{other}"]
     lines.append("call: " + " | ".join(f"call_{i}" for i in range(len(names))))
     for i, name in enumerate(names):
         opening = _quote(shape.before_name + name + shape.before_arguments)
@@ -140,7 +143,7 @@ class CallParser:
             waits = not self._seen and begin.startswith(self._held)
             at, out = -1, 0 if waits else len(self._held)
         else:
-            out = at if at >= 0 else len(self._held) - _get_overlap(self._held, begin)
+            out = at if at >= 0 else len(self._held) - get_overlap(self._held, begin)
         if out:
             pieces.append(Piece("content", self._held[:out]))
             self._seen = True
@@ -200,7 +203,7 @@ class CallParser:
         return False
 
 
-def _get_overlap(text: str, marker: str) -> int:
+def get_overlap(text: str, marker: str) -> int:
     """Length of the longest end of `text` that `marker` begins with."""
     for length in range(min(len(marker) - 1, len(text)), 0, -1):
         if text.endswith(marker[:length]):

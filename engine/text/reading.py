@@ -1,23 +1,40 @@
-"""Reads one reply as it comes: what of it is text and what is a tool call."""
+"""Reads one reply as it comes: what of it is reasoning, what is text, and what is a tool call."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from engine.core import FinishReason, Output
 from engine.text.calls import CallParser, Piece, Shape
+from engine.text.reasoning import Thinking, ThoughtParser
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How to read a reply. `shape`: how it spells tool calls; `thinking`: how it thinks; None when it does not."""
+
+    shape: Shape | None = None
+    thinking: Thinking | None = None
 
 
 class ReplyReader:
-    """For one reply. `shape`: how the model spells tool calls; None when there can be none."""
+    """For one reply."""
 
-    def __init__(self, shape: Shape | None = None) -> None:
-        self._parser = None if shape is None else CallParser(shape)
+    def __init__(self, reading: Reading) -> None:
+        self._parser = None if reading.shape is None else CallParser(reading.shape)
+        self._thoughts = None if reading.thinking is None else ThoughtParser(reading.thinking)
 
     def read(self, output: Output) -> list[Piece]:
         """What the reply gains with `output`, neighbours of a kind joined."""
-        if self._parser is None:
-            return [Piece("content", output.text)] if output.text else []
-        pieces = self._parser.push(output.text)
-        return join_pieces(pieces + self._parser.finish() if output.finish_reason else pieces)
+        pieces = [Piece("content", output.text)] if output.text else []
+        if self._thoughts is not None:
+            pieces = self._thoughts.push(output.text) + (self._thoughts.finish() if output.finish_reason else [])
+        if self._parser is not None:
+            thoughts = [piece for piece in pieces if piece.kind == "reasoning"]  # these come first
+            contents = [piece for piece in pieces if piece.kind == "content"]
+            pieces = thoughts + [p for piece in contents for p in self._parser.push(piece.text)]
+            pieces += self._parser.finish() if output.finish_reason else []
+        return join_pieces(pieces)
 
     def get_finish(self, output: Output) -> FinishReason | str | None:
         """Why the reply ended, in OpenAI's words."""

@@ -72,10 +72,16 @@ class Parrot:
         if message.startswith(("say ", "drawl ")):
             time.sleep(STEP if message.startswith("drawl") else 0)
             return message.split(" ", 1)[1]
-        return prompt.replace("<|", "<").replace("<tool_call>", "<call>") if message == "prompt" else f"You said: {message}"
+        return (
+            prompt.replace("<|", "<").replace("<tool_call>", "<call>")
+            if message == "prompt"
+            else f"You said: {message}"
+        )
 
 
-def load_fake(*, name: str = "fake", queue_limit: int = 128, limits: Limits = LIMITS) -> LoadedModel:
+def load_fake(
+    *, name: str = "fake", queue_limit: int = 128, limits: Limits = LIMITS, reasoning: str | None = None
+) -> LoadedModel:
     """A loaded model without a package; one that is called sluggish takes its time to load."""
 
     def make_engine() -> Engine:
@@ -84,4 +90,12 @@ def load_fake(*, name: str = "fake", queue_limit: int = 128, limits: Limits = LI
         return Engine(FakeExecutor(limits, Parrot(tokenizer)), tokenizer)
 
     engine = EngineThread(make_engine, queue_limit=queue_limit)
-    return LoadedModel(name, f"{name}/none/here", 1_700_000_000, engine, SamplingParams(temperature=0.0), load_shape("hermes"))
+    return LoadedModel(
+        name,
+        f"{name}/none/here",
+        1_700_000_000,
+        engine,
+        SamplingParams(temperature=0.0),
+        load_shape("hermes"),
+        reasoning,
+    )

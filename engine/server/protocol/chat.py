@@ -39,9 +39,7 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "prompt_logprobs": (0,),
     "functions": ([],),
     "function_call": ("auto", "none"),
-    "reasoning_effort": ("none",),
     "chat_template": (),
-    "chat_template_kwargs": ({},),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
@@ -121,6 +119,8 @@ class Message(BaseModel):
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
 
     @model_validator(mode="after")
     def _check_role(self) -> Message:
@@ -137,6 +137,8 @@ class Message(BaseModel):
         value["content"] = self.content or ""
         if self.tool_calls:
             value["tool_calls"] = [call.make_template_value() for call in self.tool_calls]
+        if thoughts := self.reasoning_content or self.reasoning:
+            value["reasoning_content"] = thoughts  # the name in templates
         for key in ("name", "tool_call_id"):
             if (text := getattr(self, key)) is not None:
                 value[key] = text
@@ -179,6 +181,8 @@ class ChatRequest(StructuredFields):
     tools: list[Tool] | None = Field(default=None, max_length=MAX_TOOLS)
     tool_choice: Any = None  # "auto", "none", "required" or a function: see make_tool_choice
     parallel_tool_calls: bool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
     @field_validator("top_logprobs")
     @classmethod
@@ -230,11 +234,16 @@ class Timings(BaseModel):
 
 
 class ReplyMessage(BaseModel):
-    """What the assistant said, and the functions that it calls; without calls there is no field for them."""
+    """What the assistant said, the functions that it calls, and its thoughts, under the two names that clients know.
+
+    Without calls or thoughts there is no field for them.
+    """
 
     role: Literal["assistant"]
     content: str | None
     tool_calls: list[ReplyToolCall] | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
 
     @model_serializer(mode="wrap")
     def _leave_out(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -290,6 +299,8 @@ class Delta(BaseModel):
     role: Literal["assistant"] = "assistant"
     content: str = ""
     tool_calls: list[ToolCallDelta] = []
+    reasoning: str = ""
+    reasoning_content: str = ""
 
 
 class ChunkChoice(BaseModel):

@@ -21,6 +21,10 @@ HARMLESS: Mapping[str, tuple[Any, ...]] = {
     "top_logprobs": (0,),
     "prompt_logprobs": (0,),
     "suffix": ("",),
+    "tool_choice": ("auto", "none"),
+    "parallel_tool_calls": (True,),
+    "reasoning_effort": ("none",),
+    "chat_template_kwargs": ({},),
 }
 
 

@@ -110,8 +110,8 @@ def _check_names(names: Sequence[str]) -> None:
         raise _refuse("two tools have the same name", "give each its own", "tools")
 
 
-def make_tools_grammar(choice: ToolChoice, shape: Shape | None) -> str | None:
-    """The grammar of a reply that may call `choice.tools`; None when it may call nothing.
+def make_tools_grammar(choice: ToolChoice, shape: Shape | None, *, not_first: str = "") -> str | None:
+    """The grammar of a reply that may call `choice.tools`, or else begins unlike `not_first`; None without tools.
 
     Raises InvalidRequest when the model cannot call tools, or for parameters that are no schema of an object.
     """
@@ -120,7 +120,9 @@ def make_tools_grammar(choice: ToolChoice, shape: Shape | None) -> str | None:
     if shape is None:
         raise _refuse("this model cannot call tools", "leave tools out, or send tool_choice none", "tools")
     arguments = {function.name: _make_rule(function) for function in choice.tools}
-    rules = make_calls_grammar(shape, arguments, required=choice.required, parallel=choice.parallel)
+    rules = make_calls_grammar(
+        shape, arguments, required=choice.required, parallel=choice.parallel, not_first=not_first
+    )
     return f"start: reply\n{rules}"
 
 

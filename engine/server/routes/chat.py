@@ -20,7 +20,7 @@ from engine.server.protocol.chat import ChatCompletion, ChatRequest
 from engine.server.protocol.errors import ErrorBody
 from engine.server.sse import EventStream, stream_events
 from engine.server.state import check_model_name, get_model, get_settings
-from engine.server.wishes import check_supported, get_tool_choice, make_params, make_prompt
+from engine.server.wishes import check_supported, make_params, make_prompt, make_reading
 
 router = APIRouter()
 T = TypeVar("T")
@@ -38,19 +38,19 @@ async def create_chat_completion(
     check_prompt_length(sum(len(m.content or "") for m in body.messages), get_settings(request).max_prompt_chars)
     # Rendering and tokenizing a long conversation takes a while: not on the event loop.
     tokens = await asyncio.to_thread(make_prompt, body, model)
-    params = await asyncio.to_thread(make_params, body, model)
+    params = await asyncio.to_thread(make_params, body, model, tokens)
     name, created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
     choices = start_choices(partial(model.engine.stream, tokens), params, body.n or 1, name)
-    shape = model.shape if get_tool_choice(body).tools else None
+    reading = make_reading(body, model, tokens)
     if body.stream:
         usage = body.stream_options is not None and body.stream_options.include_usage
-        return EventStream(stream_events(choices, ChunkMaker(name, created, model.name, usage), shape))
+        return EventStream(stream_events(choices, ChunkMaker(name, created, model.name, usage), reading))
     outputs = await run_while_connected(request, collect_all(choices))
     if outputs is None:
         return Response(status_code=CLIENT_LEFT)
     logprobs = bool(body.logprobs)
     completion = make_completion(
-        outputs, id=name, created=created, model=model.name, shape=shape, logprobs=logprobs
+        outputs, id=name, created=created, model=model.name, reading=reading, logprobs=logprobs
     )
     return Response(completion.model_dump_json(), media_type="application/json")
 

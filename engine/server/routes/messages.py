@@ -35,7 +35,7 @@ from engine.server.state import check_model_name, get_model, get_settings
 from engine.server.translate import check_chat, make_named_event
 from engine.server.wishes import check_supported, get_tool_choice, make_params, make_prompt
 from engine.text.calls import Piece
-from engine.text.reading import ReplyReader
+from engine.text.reading import Reading, ReplyReader
 
 router = APIRouter()
 Model = Annotated[LoadedModel, Depends(get_model)]
@@ -48,7 +48,7 @@ async def create_message(body: MessagesRequest, request: Request, model: Model) 
     tokens = await asyncio.to_thread(make_prompt, chat, model)
     params = await asyncio.to_thread(make_params, chat, model)
     name = f"msg_{uuid.uuid4().hex}"
-    reader = ReplyReader(model.shape if get_tool_choice(chat).tools else None)
+    reader = ReplyReader(Reading(model.shape if get_tool_choice(chat).tools else None))
     reply = model.engine.stream(tokens, params, request_id=name)
     if body.stream:
         return EventStream(stream_events(reply, reader, name, model, params, len(tokens)))
@@ -115,7 +115,9 @@ class BlockStream:
 
     def push(self, piece: Piece) -> list[bytes]:
         """What a piece of the reply adds."""
-        events = []
+        events: list[bytes] = []
+        if piece.kind == "reasoning":  # nobody has asked for it: see make_chat
+            return events
         if piece.kind == "call":
             block = {"type": "tool_use", "id": make_call_id(), "name": piece.text, "input": {}}
             return self._start("tool_use", block)
