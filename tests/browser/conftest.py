@@ -29,9 +29,9 @@ FLAGS = (
 )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """No download: the system's browser, or none."""
+    """No download: the system's browser, or none. Not for the whole session: Playwright occupies the event loop."""
     playwright = pytest.importorskip(
         "playwright.sync_api", reason="pip install 'mlcbuild[browser]' installs playwright"
     )

@@ -50,6 +50,24 @@ def test_text_shows_while_it_comes(page: Page) -> None:
     assert page.locator(".assistant").get_attribute("aria-busy") == "false"
 
 
+def test_reading_up_is_not_disturbed(page: Page) -> None:
+    """The log follows the reply only for who reads its end."""
+    ask(page, "a line\n" * 50)
+    send(page, "slow")
+    wait_for(page, "document.querySelectorAll('.markdown')[1]?.innerText.length > 10")
+    log = "document.getElementById('log')"
+    at_end = f"{log}.scrollHeight - {log}.scrollTop - {log}.clientHeight < 80"
+    assert page.evaluate(at_end)
+    page.evaluate(f"{log}.scrollTop = 5")
+    length = page.evaluate("document.querySelectorAll('.markdown')[1].innerText.length")
+    wait_for(page, f"document.querySelectorAll('.markdown')[1].innerText.length > {length}")
+    assert page.evaluate(f"{log}.scrollTop") == 5
+    page.get_by_role("button", name="Newest").click()
+    assert page.evaluate(at_end)
+    page.keyboard.press("Escape")
+    wait_for_end(page)
+
+
 def test_regenerate(page: Page) -> None:
     page.get_by_role("button", name="Settings").click()
     page.get_by_label("Temperature").fill("1")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
 from acting import answer_with, ask, make_chunk, wait_for_end
+from running import Running
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Page
+    from playwright.sync_api import Browser, Page
 
 RENDER = """async (text) => {
   const { renderMarkdown } = await import("./markdown.js");
@@ -72,17 +75,25 @@ HOSTILE = [
 ]
 
 
+@pytest.fixture(scope="module")
+def script_page(browser: Browser, shared_server: Running) -> Iterator[Page]:
+    """For tests that only call the page's functions: one page is enough."""
+    with contextlib.closing(browser.new_page()) as page:
+        page.goto(shared_server.url)
+        yield page
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_markdown(page: Page, name: str) -> None:
+def test_markdown(script_page: Page, name: str) -> None:
     text, expected = CASES[name]
-    shown = page.evaluate(RENDER, text)
+    shown = script_page.evaluate(RENDER, text)
     if expected is None:
         assert "<a" not in shown
     else:
         assert shown == expected
 
 
-def test_a_stream_ends_as_the_whole_would(page: Page) -> None:
+def test_a_stream_ends_as_the_whole_would(script_page: Page) -> None:
     """Rendering every prefix in turn, keeping the blocks that did not change, ends with the same elements."""
     text = "\n\n".join(text for text, _ in CASES.values())
     same = """async (text) => {
@@ -92,7 +103,7 @@ def test_a_stream_ends_as_the_whole_would(page: Page) -> None:
       renderMarkdown(whole, text);
       return grown.innerHTML === whole.innerHTML;
     }"""
-    assert page.evaluate(same, text)
+    assert script_page.evaluate(same, text)
 
 
 @pytest.mark.parametrize(
@@ -112,9 +123,10 @@ def test_a_stream_ends_as_the_whole_would(page: Page) -> None:
         "~~" * 20_000,
     ],
 )
-def test_no_text_takes_long(page: Page, text: str) -> None:
+def test_no_text_takes_long(script_page: Page, text: str) -> None:
+    """A guard against searches that start over at every character, not a clock: linear is far below a second here."""
     assert (
-        page.evaluate(
+        script_page.evaluate(
             "async (text) => { const start = performance.now();"
             f" await ({RENDER})(text); return performance.now() - start }}",
             text,
@@ -154,6 +166,16 @@ def test_copying_code(page: Page) -> None:
     reply.get_by_role("button", name="Copy this code").click()
     reply.get_by_text("Copied").wait_for()
     assert page.evaluate("navigator.clipboard.readText()") == "int a;\n    int b;"
+
+
+def test_copying_where_browsers_give_no_clipboard(page: Page) -> None:
+    """As at http://<address in the network>."""
+    page.evaluate("() => { Object.defineProperty(navigator, 'clipboard', { value: undefined }) }")
+    ask(page, "hello").get_by_role("button", name="Copy this reply").click()
+    page.get_by_text("Copied").wait_for()
+    page.get_by_label("Message", exact=True).focus()
+    page.keyboard.press("Control+v")
+    assert page.get_by_label("Message", exact=True).input_value() == "You said: hello"
 
 
 def test_reasoning_and_tool_calls(page: Page) -> None:
@@ -221,15 +243,15 @@ STREAM = (
 EVENTS = ['{"a": "é€😀"}', "two\nlines", "\n x", "[DONE]"]
 
 
-def test_events_cut_anywhere(page: Page) -> None:
+def test_events_cut_anywhere(script_page: Page) -> None:
     data = list(STREAM.encode())
     whole = [data]
     twos = [[data[:cut], data[cut:]] for cut in range(len(data) + 1)]
     ones = [[byte] for byte in data]
-    assert page.evaluate(PARSE, whole) == EVENTS
-    assert page.evaluate(PARSE, ones) == EVENTS
+    assert script_page.evaluate(PARSE, whole) == EVENTS
+    assert script_page.evaluate(PARSE, ones) == EVENTS
     many = f"(all) => Promise.all(all.map({PARSE}))"
     draw = random.Random(0)
     cuts = [sorted(draw.choices(range(len(data)), k=draw.randrange(1, 9))) for _ in range(200)]
     pieces = [[data[a:b] for a, b in zip([0, *ends], [*ends, None], strict=True)] for ends in cuts]
-    assert all(events == EVENTS for events in page.evaluate(many, twos + pieces))
+    assert all(events == EVENTS for events in script_page.evaluate(many, twos + pieces))
