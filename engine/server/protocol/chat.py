@@ -25,7 +25,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from engine.request import MAX_LOGPROBS
-from engine.server.protocol.structured import StructuredFields
+from engine.server.protocol.structured import ResponseFormat, StructuredOutputs
 from engine.server.protocol.tools import MAX_TOOLS, ReplyToolCall, Tool, ToolCallDelta
 
 # Nothing is converted: "0.5" is not a number, 1 is not true, and NaN is nothing.
@@ -152,7 +152,7 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class ChatRequest(StructuredFields):
+class ChatRequest(BaseModel):
     """The body of POST /v1/chat/completions. The engine checks the ranges of the sampling fields."""
 
     model_config = REQUEST
@@ -181,6 +181,14 @@ class ChatRequest(StructuredFields):
     tools: list[Tool] | None = Field(default=None, max_length=MAX_TOOLS)
     tool_choice: Any = None  # "auto", "none", "required" or a function: see make_tool_choice
     parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Any = None  # as structured_outputs.json
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    json_schema: dict[str, Any] | None = None
+    grammar: str | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 

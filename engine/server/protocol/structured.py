@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -50,18 +50,17 @@ class StructuredOutputs(BaseModel):
     grammar: str | None = None
 
 
-class StructuredFields(BaseModel):
+class StructuredFields(Protocol):
     """The fields of a request that say what its reply must be; at most one may."""
 
-    model_config = STRICT
-    response_format: ResponseFormat | None = None
-    structured_outputs: StructuredOutputs | None = None
-    guided_json: Any = None  # as structured_outputs.json
-    guided_regex: str | None = None
-    guided_choice: list[str] | None = None
-    guided_grammar: str | None = None
-    json_schema: dict[str, Any] | None = None
-    grammar: str | None = None
+    response_format: ResponseFormat | None
+    structured_outputs: StructuredOutputs | None
+    guided_json: Any
+    guided_regex: str | None
+    guided_choice: list[str] | None
+    guided_grammar: str | None
+    json_schema: dict[str, Any] | None
+    grammar: str | None
 
 
 def make_output_grammar(fields: StructuredFields) -> tuple[str, str] | None:
