@@ -2,8 +2,9 @@
 
     from engine import LLM, SamplingParams
 
-`LLM`, or `AsyncLLM`, is the whole of it for a program; `EngineThread` is what the server drives. The names are loaded when first used,
-so that `engine.artifact` stays free of numpy, the tokenizer and TVM.
+`LLM`, or `AsyncLLM`, is the whole of it for a program; engine.openai_api has OpenAI's interface; `EngineThread` is what
+the server drives. The names are loaded when first used, so that `engine.artifact` stays free of numpy, the tokenizer
+and TVM.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from fastapi import Request
 
-from engine.errors import UnknownModel
 from engine.model import LoadedModel
 from engine.server.settings import ServerSettings
+from engine.server.wishes import check_model_name as check_model_name
 
 
 def get_model(request: Request) -> LoadedModel:
@@ -19,14 +19,3 @@ def get_settings(request: Request) -> ServerSettings:
     """The settings of this server."""
     settings: ServerSettings = request.app.state.settings
     return settings
-
-
-def check_model_name(name: str, model: LoadedModel) -> None:
-    """Raise UnknownModel unless a client means `model`, by its name or its variant id."""
-    if name not in (model.name, model.variant):
-        raise UnknownModel(
-            f"the model '{name}' does not exist",
-            hint=f"this server has '{model.name}'",
-            code="model_not_found",
-            param="model",
-        )

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from engine.core import SamplingParams
-from engine.errors import InvalidRequest
+from engine.errors import InvalidRequest, UnknownModel
 from engine.model import LoadedModel
 from engine.server.protocol.chat import ChatRequest
 from engine.server.protocol.structured import make_output_grammar
@@ -20,6 +20,17 @@ SAME = (  # fields of the body that are fields of SamplingParams
     *("temperature", "top_p", "top_k", "min_p", "typical_p", "logit_bias", "seed", "max_tokens", "ignore_eos"),
     *("repetition_penalty", "presence_penalty", "frequency_penalty"),
 )
+
+
+def check_model_name(name: str, model: LoadedModel) -> None:
+    """Raise UnknownModel unless a client means `model`, by its name or its variant id."""
+    if name not in (model.name, model.variant):
+        raise UnknownModel(
+            f"the model '{name}' does not exist",
+            hint=f"this server has '{model.name}'",
+            code="model_not_found",
+            param="model",
+        )
 
 
 def check_supported(body: ChatRequest) -> None:
