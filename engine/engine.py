@@ -177,9 +177,11 @@ class Engine:
         outputs = []
         for chunk in chunks:
             progress = self._requests[chunk.sequence.request_id]
-            for offset in range(chunk.num_scored):
-                progress.score(logits[first + offset], chunk.start + offset)
-            first += chunk.num_scored
+            if chunk.sequence.scored:
+                scored = chunk.num_scored
+                for offset in range(scored):
+                    progress.score(logits[first + offset], chunk.start + offset)
+                first += scored
             if not chunk.samples:
                 continue
             last = first + 1 + len(chunk.guesses)
@@ -240,6 +242,11 @@ def make_batch(chunks: Sequence[Chunk]) -> Batch:
     for row, chunk in enumerate(chunks):
         sequence, start, stop = chunk.sequence, chunk.start, chunk.start + chunk.count
         page_table[row, : len(sequence.pages)] = sequence.pages
+        if chunk.count == 1 and chunk.samples and not chunk.guesses:  # nearly all of them
+            wanted.append(len(tokens))
+            tokens.append(sequence.tokens[start])
+            positions.append(start)
+            continue
         wanted += [len(tokens) + offset for offset in chunk.wanted]
         tokens += sequence.tokens[start:stop]
         tokens += chunk.guesses

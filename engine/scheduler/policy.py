@@ -152,7 +152,7 @@ class Scheduler:
             if count:
                 chunks.append(_make_chunk(sequence, count))
                 budget -= count
-        return sorted(chunks, key=lambda c: c.count > 1)
+        return sorted(chunks, key=_is_long) if len(chunks) > len(decoding) else chunks
 
     def get_guess_room(self, chunks: Iterable[Chunk]) -> int:
         """Tokens that this batch could take besides `chunks`."""
@@ -248,6 +248,10 @@ class Scheduler:
 
 def _get_rank(sequence: Sequence) -> tuple[int, int]:
     return sequence.rank
+
+
+def _is_long(chunk: Chunk) -> bool:
+    return chunk.count > 1
 
 
 def _make_chunk(sequence: Sequence, count: int) -> Chunk:
