@@ -33,9 +33,9 @@ from engine.server.routes.completions import collect_all
 from engine.server.sse import EventStream
 from engine.server.state import check_model_name, get_model, get_settings
 from engine.server.translate import check_chat, make_named_event
-from engine.server.wishes import check_supported, get_tool_choice, make_params, make_prompt
+from engine.server.wishes import check_supported, make_params, make_prompt, make_reading
 from engine.text.calls import Piece
-from engine.text.reading import Reading, ReplyReader
+from engine.text.reading import ReplyReader
 
 router = APIRouter()
 Model = Annotated[LoadedModel, Depends(get_model)]
@@ -46,9 +46,9 @@ async def create_message(body: MessagesRequest, request: Request, model: Model) 
     """Continue a conversation."""
     chat = await check(body, request, model)
     tokens = await asyncio.to_thread(make_prompt, chat, model)
-    params = await asyncio.to_thread(make_params, chat, model)
+    params = await asyncio.to_thread(make_params, chat, model, tokens)
     name = f"msg_{uuid.uuid4().hex}"
-    reader = ReplyReader(Reading(model.shape if get_tool_choice(chat).tools else None))
+    reader = ReplyReader(make_reading(chat, model, tokens))
     reply = model.engine.stream(tokens, params, request_id=name)
     if body.stream:
         return EventStream(stream_events(reply, reader, name, model, params, len(tokens)))
