@@ -221,7 +221,7 @@ def test_reasoning_and_tool_calls(page: Page) -> None:
     reply.get_by_label('Result of get_time {"zone": 1}').wait_for(state="hidden")  # it is answered
     user, said, weather, time, _ = seen[1]["messages"]
     assert user == {"role": "user", "content": "weather?"}
-    assert said["content"] == "I look."
+    assert (said["content"], said["reasoning_content"]) == ("I look.", "They want the weather.")
     assert said["tool_calls"][0] == {
         "id": "call_0",
         "type": "function",

@@ -41,6 +41,7 @@ export function makeMessages(system, messages) {
       wire.push(tool_call_id ? { role, content, tool_call_id } : { role, content });
     } else if (message.content || message.tool_calls?.length) {
       const said = { role: "assistant", content: message.content };
+      if (message.reasoning) said.reasoning_content = message.reasoning; // templates know what is still of use
       if (message.tool_calls?.length) {
         said.tool_calls = message.tool_calls.map(({ id, type, function: called }) => ({ id, type, function: called }));
       }
