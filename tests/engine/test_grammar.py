@@ -10,6 +10,8 @@ from pathlib import Path
 import jsonschema
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from small_engines import END, TOKENIZER, make_engine, make_request, make_talking_engine, run_all
 
 from engine.core import Limits, Output
@@ -22,6 +24,7 @@ from engine.sampling.grammar import (
     make_choice_grammar,
     make_ebnf_grammar,
     make_json_grammar,
+    make_json_rule,
     make_regex_grammar,
 )
 from engine.text.tokenizer import load_tokenizer
@@ -208,6 +211,60 @@ def test_what_cannot_be_obeyed_is_refused(schema: dict, reason: str) -> None:
         assert caught.value.message.startswith("response_format cannot be used to constrain the reply: ")
         assert reason in caught.value.message
         assert (caught.value.param, caught.value.code) == ("response_format", "invalid_grammar")
+
+
+KEYS = [
+    "type",
+    "properties",
+    "items",
+    "enum",
+    "anyOf",
+    "allOf",
+    "$ref",
+    "pattern",
+    "minLength",
+    "maxLength",
+    "required",
+]
+KEYS += ["minimum", "maximum", "additionalProperties", "const", "$defs", "format", "oneOf", "minItems", "multipleOf"]
+WORDS = [
+    "object",
+    "array",
+    "string",
+    "number",
+    "integer",
+    "null",
+    "#",
+    "#/$defs/a",
+    "a",
+    "^[a-z]+$",
+    "(a|b)*",
+    "date",
+    "(",
+]
+LEAVES = st.none() | st.booleans() | st.integers(-9, 99) | st.floats(allow_nan=False) | st.sampled_from(WORDS)
+ANYTHING = st.recursive(
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*KEYS, "a", ""]), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(st.sampled_from(KEYS), ANYTHING, max_size=4), st.booleans(), st.randoms(use_true_random=False))
+def test_no_schema_does_harm(schema: dict, lenient: bool, random) -> None:
+    """It is refused, or followed until it is complete or too complex; nothing else can happen."""
+    try:
+        rule = make_json_rule(schema, param="response_format", lenient=lenient)
+        constraint = COMPILER.compile(f"start: {rule}").start()
+        for _ in range(40):
+            if constraint.finished:
+                break
+            allowed = np.flatnonzero(constraint.mask(np.zeros(258, np.float32)) == 0)
+            assert len(allowed)
+            constraint.accept(int(random.choice(allowed.tolist())))
+    except InvalidRequest:
+        pass
 
 
 def test_other_grammars_that_mean_nothing() -> None:
