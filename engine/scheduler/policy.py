@@ -20,6 +20,7 @@ from engine.core import Limits
 from engine.scheduler.blocks import PageAllocator
 from engine.scheduler.prefix import Node, PrefixCache
 
+WORTH_WAITING = 64  # tokens that another sequence computes in this batch, for which a new one lets the batch pass
 SCORED_ROWS = 64  # tokens of a batch that may be scored: a row of 128k logits takes 0.5 MB and 0.3 ms
 
 
@@ -140,7 +141,7 @@ class Scheduler:
         while budget:
             sequence = None
             if self._waiting and not (prefilling and prefilling[0].rank < self._waiting[0].rank):
-                sequence = self._admit()
+                sequence = self._admit(chunks)
             if sequence is None:
                 if not prefilling:
                     break
@@ -208,11 +209,11 @@ class Scheduler:
         missing = self._missing(sequence) - len(nodes)
         return nodes if missing + coming + len(self._running) <= self.num_free_pages else None
 
-    def _admit(self) -> Sequence | None:
-        """Start the first waiting sequence if it has a place."""
+    def _admit(self, chunks: Iterable[Chunk]) -> Sequence | None:
+        """Start the first waiting sequence if it has a place, and `chunks` are not about to compute much of it."""
         sequence = self._waiting[0]
         nodes = self._find_place(sequence)
-        if nodes is None:
+        if nodes is None or self._is_worth_waiting(sequence, len(nodes) * self._limits.page_size, chunks):
             return None
         self._cache.hold(nodes)
         sequence.nodes = nodes
@@ -222,6 +223,18 @@ class Scheduler:
         sequence.cached = sequence.computed if sequence.cached is None else sequence.cached
         insort(self._running, self._waiting.pop(0), key=_get_rank)
         return sequence
+
+    def _is_worth_waiting(self, sequence: Sequence, known: int, chunks: Iterable[Chunk]) -> bool:
+        """One of `chunks` computes tokens of `sequence` that the cache will have in the next batch: requests that come
+        together and begin alike, as the choices of one prompt do, compute that beginning once."""
+        size = self._limits.page_size
+        if sequence.scored or not self._cache.enabled:
+            return False
+        for chunk in chunks:
+            end = min(chunk.start + chunk.count, len(sequence.tokens) - 1) // size * size
+            if end - known >= WORTH_WAITING and chunk.sequence.tokens[:end] == sequence.tokens[:end]:
+                return True
+        return False
 
     def _take(self, count: int, after: int | None) -> list[int]:
         """New pages, from what the prefix cache keeps when there are no others."""

@@ -33,7 +33,7 @@ class PrefixCache:
     def __init__(self, allocator: PageAllocator, page_size: int, *, enabled: bool = True) -> None:
         self._allocator = allocator
         self._page_size = page_size
-        self._enabled = enabled
+        self.enabled = enabled
         self._root = Node((), -1, None)
         # Nobody reads these; first the one that was left the longest ago. Always children before their parents: a
         # sequence leaves its deepest page first, and it cannot come back to a page without its parents.
@@ -76,7 +76,7 @@ class PrefixCache:
         When another page holds the same already, `page` is freed and the owner must read the other one. None when the
         cache is disabled: the page remains the owner's.
         """
-        if not self._enabled:
+        if not self.enabled:
             return None
         parent, key = above or self._root, tuple(tokens)
         node = parent.children.get(key)

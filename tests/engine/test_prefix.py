@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 from hypothesis import given, settings
@@ -13,6 +14,7 @@ from small_engines import LIMITS, TOKENIZER, join_by_request, make_ending_model,
 from engine.core import Limits, Output
 from engine.engine import Engine
 from engine.runtime.fake import FakeExecutor
+from engine.scheduler import policy
 from engine.scheduler.blocks import PageAllocator
 from engine.scheduler.policy import Scheduler, Sequence
 from engine.scheduler.prefix import Node, PrefixCache
@@ -47,7 +49,7 @@ def check_books(scheduler: Scheduler) -> None:
     for sequence in scheduler._running:
         assert [n.page for n in sequence.nodes] == sequence.pages[: len(sequence.nodes)]
         assert [t for n in sequence.nodes for t in n.key] == sequence.tokens[: 16 * len(sequence.nodes)]
-        assert sequence.computed < 16 * (len(sequence.nodes) + 1) or not cache._enabled
+        assert sequence.computed < 16 * (len(sequence.nodes) + 1) or not cache.enabled
     for node in nodes:
         assert node.readers == sum(node in s.nodes for s in scheduler._running)
         assert (node in cache._unread) == (node.readers == 0)
@@ -101,11 +103,12 @@ def play(engine: Engine, traffic: list) -> dict[str, Output]:
     return join_by_request(outputs)
 
 
-@given(traffic, limits)
+@given(traffic, limits, st.sampled_from([16, 64]))
 @settings(max_examples=60, deadline=None)
-def test_nobody_can_tell(traffic: list, limits: Limits) -> None:
+def test_nobody_can_tell(traffic: list, limits: Limits, worth_waiting: int) -> None:
     with_cache, without = make_engine(limits), make_engine(limits, prefix_cache=False)
-    replies, wanted = play(with_cache, traffic), play(without, traffic)
+    with mock.patch.object(policy, "WORTH_WAITING", worth_waiting):
+        replies, wanted = play(with_cache, traffic), play(without, traffic)
     for name, output in replies.items():
         if "abort" in (output.finish_reason, wanted[name].finish_reason):  # steps differ, so one may have come further
             shorter, longer = sorted((output.token_ids, wanted[name].token_ids), key=len)
@@ -170,6 +173,22 @@ def test_running_requests_share() -> None:
     engine.step()
     assert engine.get_stats().free_pages == free - 2  # one page each for the tokens after 32
     assert engine.get_stats().cached_pages == 0  # they are in use
+
+
+@pytest.mark.parametrize(("prefix_cache", "computed"), [(True, 100 + 3 * 4 + 5), (False, 4 * 100 + 5)])
+def test_those_that_come_together_compute_their_beginning_once(prefix_cache: bool, computed: int) -> None:
+    scheduler = Scheduler(Limits(256, 512, 8, 16, 64, 258), prefix_cache=prefix_cache)
+    for name in "abcd":
+        scheduler.add(Sequence(name, [1] * 100))
+    scheduler.add(Sequence("other", [2] * 5))
+    batches: list[list[tuple[str, int]]] = []
+    while len(batches) < 2:
+        chunks = [c for c in scheduler.schedule() if c.sequence.pending]
+        batches.append([(c.sequence.request_id, c.count) for c in chunks])
+        for chunk in chunks:
+            scheduler.advance(chunk)
+    assert sum(count for batch in batches for _, count in batch) == computed
+    assert (len(batches[0]) == 1) == prefix_cache
 
 
 def make_cache(num_pages: int, page_size: int = 2) -> tuple[PrefixCache, PageAllocator]:
