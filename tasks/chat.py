@@ -3,7 +3,8 @@
     ./doit chat model=tiny system="You are brief."
     echo "What is the capital of France?" | ./doit chat
 
-The settings and their defaults are in engine/server/settings.py; each may also come from the environment.
+Each setting may also come from the environment (MLCBUILD_SEED=1) or from a YAML file (settings=chat.yaml).
+They are kept in engine/server/settings.py.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
     ./doit serve model=tiny port=8000
 
-The settings and their defaults are in engine/server/settings.py; each may also come from the environment.
+Each setting may also come from the environment (MLCBUILD_PORT=8000) or from a YAML file (settings=server.yaml).
+They are kept in engine/server/settings.py.
 """
 
 from __future__ import annotations
