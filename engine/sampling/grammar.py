@@ -215,6 +215,14 @@ def make_ebnf_grammar(text: str, *, param: str) -> str:
         raise _refuse(str(error), param) from error
 
 
+def add_alternative(grammar: str, other: str) -> str:
+    """Either of two grammars, the first of which is Lark that begins with `start: reply`."""
+    body = json.loads(other)["grammars"] if other.startswith("{") else [{"lark_grammar": other}]
+    either = grammar.replace("start: reply", "start: reply | @other", 1)
+    named = [{"name": "either", "lark_grammar": either}, {**body[0], "name": "other"}, *body[1:]]
+    return json.dumps({"grammars": named})
+
+
 def check_schema(schema: Any, param: str) -> None:
     """Raise InvalidRequest for JSON that llguidance would get wrong: nested too deep, or a number it would round."""
     level = [schema]

@@ -9,6 +9,7 @@ from typing import Any
 from engine.core import SamplingParams
 from engine.errors import InvalidRequest, UnknownModel
 from engine.model import LoadedModel
+from engine.sampling.grammar import add_alternative
 from engine.server.protocol.chat import ChatRequest
 from engine.server.protocol.structured import make_output_grammar
 from engine.server.protocol.tools import ToolChoice, make_tool_choice, make_tools_grammar
@@ -84,17 +85,22 @@ def make_reading(body: ChatRequest, model: LoadedModel, prompt: Sequence[int]) -
 
 
 def make_reply_grammar(body: ChatRequest, model: LoadedModel, thinking: Thinking | None) -> tuple[str, str] | None:
-    """What the reply is held to, and the parameter that says so. A reply that must be a call has no other format."""
+    """What the reply is held to, and the parameter that says so: calls, or structured output, or either of them."""
     choice = get_tool_choice(body)
     not_first = thinking.begin if thinking is not None and not thinking.opened else ""
-    output, calls = make_output_grammar(body), make_tools_grammar(choice, model.shape, not_first=not_first)
-    if output is not None and calls is not None and not choice.required:
-        raise InvalidRequest(
-            f"{output[1]} does not go with tools that may be called or not",
-            hint="send tool_choice none or required",
-            param=output[1],
-        )
+    output = make_output_grammar(body)
+    either = output is not None and bool(choice.tools) and not choice.required
+    choice = replace(choice, required=choice.required or either)
+    calls = make_tools_grammar(choice, model.shape, not_first=not_first)
     wanted = output if calls is None else (calls, "tools")
+    if either and output is not None and calls is not None and model.shape is not None:
+        if model.shape.whole:  # its calls look like structured output
+            raise InvalidRequest(
+                f"{output[1]} does not go with tools that this model may call or not",
+                hint="send tool_choice none or required",
+                param=output[1],
+            )
+        wanted = add_alternative(calls, output[0]), output[1]
     return wanted if wanted is None or thinking is None else (add_thinking(wanted[0], thinking), wanted[1])
 
 

@@ -111,3 +111,12 @@ def test_thoughts_of_the_history() -> None:
     for name in ("reasoning", "reasoning_content"):
         message = Message.model_validate({"role": "assistant", "content": "Yes.", name: "Let me see."})
         assert message.make_template_value()["reasoning_content"] == "Let me see."
+
+
+def test_thoughts_then_calls_or_structure(thinker: openai.OpenAI) -> None:
+    fields = {"tools": [NOW], "response_format": {"type": "json_object"}}
+    called = ask(thinker, SAID + CALL, **fields).choices[0].message
+    structured = ask(thinker, SAID + '{"a": 1}', **fields).choices[0].message
+    assert called.reasoning == structured.reasoning == "Let me see."
+    assert [call.function.name for call in called.tool_calls] == ["now"]
+    assert json.loads(structured.content) == {"a": 1}

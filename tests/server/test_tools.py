@@ -161,6 +161,26 @@ def test_an_agent_loop(client: openai.OpenAI) -> None:
     assert '{"name": "get_weather", "arguments": {"city": "Oslo", "days": 3}}' in text
 
 
+CITY = {"type": "object", "properties": {"city": {"enum": ["Oslo", "Rome"]}}, "required": ["city"]}
+FORMATS = [
+    {"response_format": {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY}}},
+    {"extra_body": {"guided_regex": '\\{"city": "(Oslo|Rome)"\\}'}},
+    {"extra_body": {"guided_grammar": 'root ::= "{\\"city\\": \\"" ("Oslo" | "Rome") "\\"}"'}},
+]
+
+
+@pytest.mark.parametrize("fields", FORMATS)
+def test_calls_or_structure(client: openai.OpenAI, fields: dict) -> None:
+    """With both, the reply is calls or fits the format; free text it cannot be."""
+    called = ask(client, f"say {CALL}", **fields).choices[0]
+    assert [call.function.name for call in called.message.tool_calls] == ["get_weather"]
+    assert called.finish_reason == "tool_calls"
+    structured = ask(client, 'say {"city": "Rome"}', **fields).choices[0].message
+    assert (structured.content, structured.tool_calls) == ('{"city": "Rome"}', None)
+    free = ask(client, "free text", **fields).choices[0].message
+    assert free.tool_calls or json.loads(free.content)["city"] in ("Oslo", "Rome")
+
+
 def with_parameters(parameters: object, **fields: object) -> dict:
     return {"tools": [{"type": "function", "function": {"name": "f", "parameters": parameters, **fields}}]}
 
@@ -178,7 +198,6 @@ REFUSED = [
     (with_parameters({"type": "object", "properties": {"a": {"not": {}}}}, strict=True), "tools", "Unimplemented keys"),
     (with_parameters({"$ref": "#/nowhere"}), "tools", ""),
     ({"tools": [CLOCK], "parallel_tool_calls": "no"}, "parallel_tool_calls", "valid boolean"),
-    ({"tools": [CLOCK], "response_format": {"type": "json_object"}}, "response_format", "does not go with tools"),
 ]
 
 
