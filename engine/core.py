@@ -166,7 +166,7 @@ class Output:
     the one that ended the reply included. `usage` is the state so far, not a difference. The last Output of a request,
     and only that, has a `finish_reason`; `error` is set when that is "error". `logprobs`, if they were asked for, are
     of the tokens whose text is out: without end tokens and stop strings. `prompt_logprobs` come with the first Output,
-    one for each token of the prompt after its first.
+    one for each token of the prompt after its first, and `end_logprob`, of an end token, with the last.
     """
 
     request_id: str
@@ -177,6 +177,7 @@ class Output:
     error: EngineError | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    end_logprob: TokenLogprob | None = None
 
 
 def join_outputs(first: Output, second: Output) -> Output:
@@ -190,6 +191,7 @@ def join_outputs(first: Output, second: Output) -> Output:
         second.error,
         first.logprobs + second.logprobs,
         first.prompt_logprobs + second.prompt_logprobs,
+        second.end_logprob,
     )
 
 

@@ -99,7 +99,8 @@ class Progress:
         prompt = tuple(self._prompt_logprobs)
         self._prompt_logprobs.clear()
         usage = self._make_usage()
-        return Output(self.request.request_id, text, (token,), usage, reason, logprobs=logprobs, prompt_logprobs=prompt)
+        end = self._logprob if token in self._end_tokens else None
+        return Output(self.request.request_id, text, (token,), usage, reason, None, logprobs, prompt, end)
 
     def end(self, reason: FinishReason, error: EngineError | None = None) -> Output:
         """The last Output of a request that ends without another token."""

@@ -47,7 +47,8 @@ class Parrot:
 
     def __call__(self, history: NDArray[np.int32]) -> NDArray[np.float32]:
         tokens, width = history.tolist(), len(self._opening)
-        start = max(i for i in range(width, len(tokens) + 1) if tokens[i - width : i] == self._opening)
+        starts = (i for i in range(width, len(tokens) + 1) if tokens[i - width : i] == self._opening)
+        start = max(starts, default=len(tokens))  # none: this is the beginning of a prompt that is scored
         prompt = self._tokenizer.decode(tokens[:start], skip_special_tokens=False)
         message = prompt.rsplit(USER, 1)[-1].split("<|im_end|>")[0]
         return self._make_logits(message, prompt, len(tokens) - start)

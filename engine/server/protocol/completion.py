@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
+from engine.request import MAX_LOGPROBS
 from engine.server.protocol.chat import UNSUPPORTED, ChatRequest, Message, Timings, Usage
 from engine.server.protocol.tools import Tool
 
@@ -17,7 +18,6 @@ HARMLESS: Mapping[str, tuple[Any, ...]] = {
     **UNSUPPORTED,
     "n": (1,),
     "best_of": (1,),
-    "logprobs": (),
     "top_logprobs": (0,),
     "prompt_logprobs": (0,),
     "suffix": ("",),
@@ -33,6 +33,7 @@ class CompletionRequest(ChatRequest):
 
     prompt: str | list[str] | list[int] | list[list[int]]
     echo: bool | None = None
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)  # type: ignore[assignment]  # not a chat's bool
     messages: list[Message] = Field(default=[], max_length=0)
     tools: list[Tool] | None = Field(default=None, max_length=0)
 
@@ -56,12 +57,24 @@ def _asks(value: Any, harmless: tuple[Any, ...]) -> bool:
     return not any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in harmless)
 
 
+class TextLogprobs(BaseModel):
+    """For each token its text, its log probability, those of the likeliest and its own, and where its text begins.
+
+    The first token of an echoed prompt has no probability.
+    """
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
 class TextChoice(BaseModel):
     """One continued text, or what an event adds to it."""
 
     index: int
     text: str
-    logprobs: None = None
+    logprobs: TextLogprobs | None = None
     finish_reason: Literal["stop", "length"] | None
 
 

@@ -31,6 +31,7 @@ from engine.server.protocol.completion import (
 from engine.server.routes.chat import ANSWERS, CLIENT_LEFT, run_while_connected
 from engine.server.sse import DONE, LINE_ENDS, EventStream
 from engine.server.state import check_model_name, get_model, get_settings
+from engine.server.text_logprobs import LogprobWriter
 from engine.server.wishes import check_supported, make_params
 
 router = APIRouter()
@@ -64,16 +65,18 @@ async def create_completion(
     params = await asyncio.to_thread(make_params, body, model)
     if params.max_tokens is None:
         params = replace(params, max_tokens=DEFAULT_MAX_TOKENS)
+    params = replace(params, logprobs=body.logprobs, prompt_logprobs=body.logprobs if body.echo else None)
+    writers = make_writers(body, tokens, model)
     replies = start(tokens, params, model, head.id)
     if body.stream:
         usage = body.stream_options is not None and body.stream_options.include_usage
-        return EventStream(stream_events(replies, head, usage))
+        return EventStream(stream_events(replies, head, usage, writers))
     outputs = await run_while_connected(request, collect_all(replies))
     if outputs is None:
         return Response(status_code=CLIENT_LEFT)
     choices = [
-        TextChoice.model_validate({"index": i, "text": echo + o.text, "finish_reason": o.finish_reason})
-        for i, (echo, o) in enumerate(zip(echoes, outputs, strict=True))
+        make_choice(i, echo + output.text, output, writers)
+        for i, (echo, output) in enumerate(zip(echoes, outputs, strict=True))
     ]
     timings = {"timings": make_timings(outputs[0].usage)} if len(outputs) == 1 else {}
     answer = head.make(choices, usage=sum_usage(outputs), **timings)
@@ -150,7 +153,9 @@ async def merge(replies: Sequence[AsyncReply]) -> AsyncGenerator[tuple[int, Outp
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def stream_events(replies: Sequence[AsyncReply], head: Head, usage: bool) -> AsyncGenerator[bytes, None]:
+async def stream_events(
+    replies: Sequence[AsyncReply], head: Head, usage: bool, writers: Sequence[LogprobWriter]
+) -> AsyncGenerator[bytes, None]:
     """The events of an answer; one that breaks off ends with an error, then [DONE], as a chat's does."""
     nothing: dict[str, object] = {"usage": None} if usage else {}
     last: dict[int, Output] = {}
@@ -166,9 +171,8 @@ async def stream_events(replies: Sequence[AsyncReply], head: Head, usage: bool) 
                 yield f"data: {failure.model_dump_json()}\n\n".encode()
                 yield DONE
                 return
-            if output.text or output.finish_reason:
-                fields = {"index": index, "text": output.text, "logprobs": None, "finish_reason": output.finish_reason}
-                yield make_event(head.make([TextChoice.model_validate(fields)], **nothing))
+            if output.text or output.finish_reason or output.logprobs or output.prompt_logprobs:
+                yield make_event(head.make([make_choice(index, output.text, output, writers)], **nothing))
             if output.finish_reason:
                 last[index] = output
         if usage:
@@ -178,6 +182,22 @@ async def stream_events(replies: Sequence[AsyncReply], head: Head, usage: bool) 
         await merged.aclose()
         for reply in replies:
             reply.close()
+
+
+def make_writers(body: CompletionRequest, tokens: Sequence[list[int]], model: LoadedModel) -> list[LogprobWriter]:
+    """What writes the log probabilities of each reply; nothing when they were not asked for."""
+    if body.logprobs is None:
+        return []
+    table = model.engine.tokenizer.token_bytes
+    return [LogprobWriter(table, prompt if body.echo else ()) for prompt in tokens]
+
+
+def make_choice(index: int, text: str, output: Output, writers: Sequence[LogprobWriter]) -> TextChoice:
+    """A reply, or what an event adds to it."""
+    logprobs = writers[index].write(output) if writers else None
+    return TextChoice.model_validate(
+        {"index": index, "text": text, "logprobs": logprobs, "finish_reason": output.finish_reason}
+    )
 
 
 def make_event(body: TextCompletion) -> bytes:

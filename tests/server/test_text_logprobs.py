@@ -1,0 +1,71 @@
+"""Log probabilities of text completions, as evaluations such as lm-evaluation-harness read them."""
+
+from __future__ import annotations
+
+import openai
+import pytest
+from fake_models import ASSISTANT, ROOT, USER
+
+from engine.core import Output, TokenLogprob, Usage
+from engine.server.text_logprobs import LogprobWriter
+from engine.text.tokenizer import load_tokenizer
+
+TOKENIZER = load_tokenizer(ROOT / "recipes" / "models" / "tiny")
+PROMPT = f"{USER}hi<|im_end|>\n{ASSISTANT}"
+
+
+def complete(client: openai.OpenAI, **fields):
+    return client.completions.create(model="fake", prompt=PROMPT, **fields)
+
+
+def test_reply(client: openai.OpenAI) -> None:
+    choice = complete(client, logprobs=2).choices[0]
+    found = choice.logprobs
+    assert "".join(found.tokens) == "You said: hi<|im_end|>"
+    for offset, token in list(zip(found.text_offset, found.tokens, strict=True))[:-1]:
+        assert choice.text.startswith(token, offset)
+    assert found.text_offset[-1] == len(choice.text)
+    assert found.token_logprobs == pytest.approx([0] * len(found.tokens), abs=1e-6)
+    for token, logprob, top in zip(found.tokens, found.token_logprobs, found.top_logprobs, strict=True):
+        assert len(top) == 2
+        assert top[token] == logprob == max(top.values())
+    bare = complete(client, logprobs=0).choices[0].logprobs
+    assert [list(top) for top in bare.top_logprobs] == [[token] for token in bare.tokens]
+    assert complete(client).choices[0].logprobs is None
+
+
+def test_echoed_prompt(client: openai.OpenAI) -> None:
+    """What an evaluation needs: the prompt's tokens, each with its probability, then what was sampled."""
+    tokens = TOKENIZER.encode(PROMPT)
+    choice = complete(client, logprobs=1, echo=True, max_tokens=1, temperature=0).choices[0]
+    found = choice.logprobs
+    assert len(found.tokens) == len(found.token_logprobs) == len(found.top_logprobs) == len(tokens) + 1
+    assert "".join(found.tokens) == choice.text == PROMPT + "You"
+    assert (found.token_logprobs[0], found.top_logprobs[0]) == (None, None)
+    for token, logprob, top in list(zip(found.tokens, found.token_logprobs, found.top_logprobs, strict=True))[1:]:
+        assert top[token] == logprob <= max(top.values())
+        assert 1 <= len(top) <= 2
+
+
+def test_streamed(client: openai.OpenAI) -> None:
+    for fields in ({"logprobs": 2}, {"logprobs": 2, "echo": True}):
+        whole = complete(client, **fields).choices[0]
+        text, lists = "", {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for chunk in complete(client, stream=True, **fields):
+            text += chunk.choices[0].text
+            for name, values in lists.items():
+                values += getattr(chunk.choices[0].logprobs, name) if chunk.choices[0].logprobs else []
+        assert text == whole.text
+        assert lists == whole.logprobs.model_dump()
+
+
+def test_tokens_that_are_part_of_a_character() -> None:
+    tokens = TOKENIZER.encode("😀")
+    assert len(tokens) > 1
+    table = TOKENIZER.token_bytes
+    logprobs = tuple(TokenLogprob(t, table.get(t), -1.0) for t in (*tokens, *TOKENIZER.encode("x")))
+    found = LogprobWriter(table).write(Output("a", "😀x", (), Usage(1), logprobs=logprobs))
+    assert found.tokens[-1] == "x"
+    assert all(name.startswith("bytes:\\x") for name in found.tokens[:-1])
+    assert "".join(found.tokens[:-1]).replace("bytes:", "") == "\\xf0\\x9f\\x98\\x80"
+    assert found.text_offset == [0] * len(tokens) + [1]
