@@ -21,4 +21,5 @@ def print_forecasts() -> None:
     """One line for each task of the selected variants."""
     from mlcbuild.graph.explain import explain_plan, format_forecasts
 
-    print("\n".join(format_forecasts(explain_plan(get_plan()))))
+    plan = get_plan()
+    print("\n".join([*format_forecasts(explain_plan(plan)), *map(str, plan.skipped)]))

@@ -101,7 +101,7 @@ class Build(Run):
         if not (params["no_snapshot"] or params["always"] or params["report"]):
             snapshot = load_fresh_snapshot(path, root)
             if snapshot is not None:
-                print(describe_uptodate(snapshot.packages))
+                print("\n".join([describe_uptodate(snapshot.packages), *snapshot.skipped]))
                 return 0
         return self.build(params, variables, path)
 
@@ -128,7 +128,7 @@ class Build(Run):
             elif rows:
                 summary.print_rows(rows)
             if params["report"]:
-                summary.write_report(Path(params["report"]), result, reporter.lines, rows)
+                summary.write_report(Path(params["report"]), result, reporter.lines, rows, plan.skipped)
         return result
 
     def make_reporter(self, params: Any) -> Reporter | None:
@@ -140,6 +140,8 @@ class Build(Run):
         params["reporter"] = Reporter(sys.stdout, {})
         return params["reporter"]  # type: ignore[no-any-return]
 
+            for skip in plan.skipped:
+                print(skip)
 
 def check_variables(variables: dict[str, str]) -> None:
     """Raise doit's InvalidCommand, which ends it with exit 3, for a variable that `doit build` does not know."""

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 from mlcbuild.errors import MlcbuildError, RecipeError, UnknownNameError
 from mlcbuild.graph.action import Action
 from mlcbuild.recipes.load import Recipes, load_recipes
-from mlcbuild.recipes.machine import Machine, load_machine
+from mlcbuild.recipes.machine import Machine, has_program, load_machine
 from mlcbuild.recipes.matrix import AXES, VARIABLES, Variant, can_run, make_variants, matches
 from mlcbuild.recipes.names import check_name
 
@@ -104,8 +104,20 @@ class Build:
 
 
 @dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
+class Skip:
+    """A variant of a matrix that this machine cannot build, and why."""
+
+    variant: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"skip  {self.variant}  {self.reason}"
+
+
 class Plan:
-    """What this invocation of doit is about: `builds` have tasks, `selected` are those that the variables name."""
+    """What this invocation of doit is about: `builds` have tasks, `selected` are those that the variables name, less
+    what a matrix has and this machine cannot build: `skipped`."""
 
     root: Path
     recipes: Recipes
@@ -115,6 +127,7 @@ class Plan:
     modules: tuple[ModuleType, ...]
     actions: Mapping[str, Action]
 
+    skipped: tuple[Skip, ...] = ()
 
 _plans: list[Plan] = []
 
@@ -162,7 +175,9 @@ def load_plan(root: Path, variables: Mapping[str, str]) -> Plan:
     selected = [make_build(variant, recipes, machine) for variant in make_variants(recipes, asked)]
     builds = selected if asked else [*selected, *list_other_builds(recipes, machine, {build.id for build in selected})]
     plan = Plan(root, recipes, variables, tuple(builds), tuple(selected), modules, {})
-    return Plan(root, recipes, variables, plan.builds, plan.selected, modules, collect_actions(plan))
+    skipped = list_skipped(selected) if "matrix" in asked else []
+    selected = [build for build in selected if build.id not in {skip.variant for skip in skipped}]
+    return Plan(root, recipes, variables, plan.builds, plan.selected, modules, collect_actions(plan), tuple(skipped))
 
 
 def load_task_modules(root: Path) -> tuple[ModuleType, ...]:
@@ -196,6 +211,14 @@ def make_build(variant: Variant, recipes: Recipes, machine: LazyMachine) -> Buil
 
 def list_other_builds(recipes: Recipes, machine: LazyMachine, known: set[str]) -> Iterator[Build]:
     """Every other combination that matrices/default.yaml does not exclude and some weight layout allows."""
+def list_skipped(builds: Sequence[Build]) -> list[Skip]:
+    """The builds whose toolchain this machine lacks; none if that is all of them, so that a step says what to do."""
+    missing = {build.id: [name for name in build.target.toolchain if not has_program(name)] for build in builds}
+    if all(missing.values()):
+        return []
+    return [Skip(variant, f"this machine has no {', '.join(names)}") for variant, names in missing.items() if names]
+
+
     rules = recipes.matrices["default"].exclude
     for variant in make_variants(recipes, EVERYTHING):
         if variant.id in known or any(matches(variant, rule) for rule in rules):

@@ -18,21 +18,23 @@ from pathlib import Path
 
 from mlcbuild.graph.action import PRIVATE, make_canonical_json
 from mlcbuild.graph.digest import RACY_NS, get_stat
-from mlcbuild.recipes.machine import load_cpu_flags
+from mlcbuild.recipes.machine import list_program_folders, load_cpu_flags
 
 # They choose programs, devices and the store; steps declare the others.
-ENVIRONMENT = ("PATH", "MLCBUILD_STORE", "CUDA_VISIBLE_DEVICES")
+ENVIRONMENT = ("PATH", "MLCBUILD_STORE", "CUDA_HOME", "CUDA_VISIBLE_DEVICES")
 GPUS = Path("/proc/driver/nvidia/gpus")
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Stats of files and names in folders by path (relative to the root where below it), environment, packages."""
+    """Stats of files and names in folders by path (relative to the root where below it), environment, packages,
+    and a line for each variant that was skipped."""
 
     files: Mapping[str, tuple[int, ...]]
     folders: Mapping[str, list[str]]
     environment: Mapping[str, str | None]
     packages: list[str]
+    skipped: list[str]
 
 
 def get_snapshot_path(root: Path, variables: Mapping[str, str]) -> Path:
@@ -50,11 +52,13 @@ def make_snapshot(
     folders: Iterable[Path],
     environment: Iterable[str],
     packages: list[str],
+    skipped: list[str],
     started_ns: int,
 ) -> Snapshot | None:
     """The snapshot of a build that began at `started_ns`; None if a source changed since, or too shortly before.
 
-    `sources` were there before the build, `outputs` it made, all relative to the root or absolute.
+    With something `skipped` for want of a program, new programs count, too. `sources` were there before the build,
+    `outputs` it made, all relative to the root or absolute.
     """
     sites = [Path(entry) for entry in sys.path if entry.endswith("site-packages")]
     try:
@@ -64,9 +68,10 @@ def make_snapshot(
         files |= {str(path): get_stat(root / path) for path in outputs}
     except FileNotFoundError:
         return None
-    names = {str(path): list_names(root / path) for path in folders}
+    programs = list_program_folders(cuda=True) if skipped else []
+    names = {str(path): list_names(root / path) for path in (*folders, *map(Path, programs))}
     values = {name: os.environ.get(name) for name in {*ENVIRONMENT, *environment}}
-    return Snapshot(files, names, values, packages)
+    return Snapshot(files, names, values, packages, skipped)
 
 
 def save_snapshot(path: Path, snapshot: Snapshot) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from mlcbuild.graph.execute import get_workspace
 from mlcbuild.graph.snapshot import make_snapshot, save_snapshot
 
 if TYPE_CHECKING:
-    from mlcbuild.graph.plan import Build, Plan
+    from mlcbuild.graph.plan import Build, Plan, Skip
     from mlcbuild.graph.reporter import Line
 
 REPORT_SCHEMA = 1
@@ -104,13 +104,15 @@ def show_size(size: int) -> str:
     return f"{value:.3g} {unit}"
 
 
-def write_report(path: Path, result: int, lines: list[Line], rows: list[Row]) -> None:
-    """The JSON file of `--report`: exit code, every step with status and seconds, every package with its figures."""
+def write_report(path: Path, result: int, lines: list[Line], rows: list[Row], skipped: Sequence[Skip]) -> None:
+    """The JSON file of `--report`: exit code, every step with status and seconds, every package with its figures, what
+    was skipped."""
     report = {
         "schema": REPORT_SCHEMA,
         "exit_code": result,
         "steps": [asdict(line) for line in lines],
         "packages": [asdict(row) for row in rows],
+        "skipped": [asdict(skip) for skip in skipped],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -134,6 +136,7 @@ def save_snapshot_of(plan: Plan, path: Path, started_ns: int) -> None:
         folders=folders,
         environment={name for action in plan.actions.values() for name in action.environment},
         packages=[str(build.package) for build in plan.selected],
+        skipped=[str(skip) for skip in plan.skipped],
         started_ns=started_ns,
     )
     if snapshot is not None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +40,19 @@ def load_cpu_flags(path: Path = CPUINFO) -> frozenset[str]:
         if key.strip() in ("flags", "Features"):
             return frozenset(value.split())
     return frozenset()
+
+
+def list_program_folders(*, cuda: bool) -> list[str]:
+    """The folders of PATH; for CUDA's programs also those below $CUDA_HOME and /usr/local/cuda."""
+    folders = [folder for folder in os.environ.get("PATH", os.defpath).split(os.pathsep) if folder]
+    homes = [os.environ.get("CUDA_HOME", "/usr/local/cuda"), "/usr/local/cuda"] if cuda else []
+    return [*folders, *(f"{home}/bin" for home in homes)]
+
+
+def has_program(name: str) -> bool:
+    """Whether a program of a target's toolchain is here."""
+    folders = list_program_folders(cuda=name == "nvcc")
+    return shutil.which(name, path=os.pathsep.join(folders)) is not None
 
 
 def load_compute_capability(command: tuple[str, ...] = QUERY) -> tuple[int, int] | None:

@@ -36,6 +36,7 @@ def take(root: Path, started_ns: int | None = None) -> Snapshot | None:
         folders=[root / "recipes"],
         environment=["CUDA_HOME"],
         packages=["artifacts/packages/tiny"],
+        skipped=[],
         started_ns=time.time_ns() if started_ns is None else started_ns,
     )
 
