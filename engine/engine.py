@@ -85,9 +85,9 @@ class Engine:
     def step(self) -> list[Output]:
         """Run one batch; what the requests in it have gained. Empty while a prompt is longer than one batch."""
         late = self._end_late() if self._deadlines else []
-        chunks = self._schedule()
-        if not chunks:
+        if not self._requests:
             return late
+        chunks = self._schedule()
         logits = self._run(chunks)
         return late + self._postprocess(chunks, logits)
 
