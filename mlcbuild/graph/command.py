@@ -4,6 +4,7 @@
     doit build model=tiny quantization=q0f32,q4* target=cpu
     doit build matrix=nightly target=cuda*
     doit build model=llama3.2-1b source=random  seeded weights of its shape, no download
+    doit build remote=http://cache:8080         share results through a cache (./doit cache-server), or offline=1
 
 This module is imported by every doit command, so it imports nothing that takes time.
 """
@@ -20,13 +21,20 @@ from typing import TYPE_CHECKING, Any
 from doit.cmd_run import Run as DoitRun
 from doit.exceptions import InvalidCommand
 
-from mlcbuild.graph.settings import settings
+from mlcbuild.graph.settings import go_offline, is_on, settings
 from mlcbuild.graph.snapshot import get_snapshot_path, load_fresh_snapshot
 
 if TYPE_CHECKING:
     from mlcbuild.graph.reporter import Reporter
 
 INTERRUPTED = 130
+OFFLINE = {
+    "name": "offline",
+    "long": "offline",
+    "type": bool,
+    "default": False,
+    "help": "use neither the remote cache nor the hub, as offline=1 does",
+}
 REPORTER = "mlcbuild"
 
 OPTIONS = (
@@ -45,6 +53,7 @@ OPTIONS = (
         "default": False,
         "help": "look at every key even if nothing seems to have changed",
     },
+    OFFLINE,
 )
 
 
@@ -59,10 +68,13 @@ def _raise_terminated(number: int, frame: object) -> None:
 class Run(DoitRun):
     """`doit run` that ends without a traceback on Ctrl-C and SIGTERM, with all finished work kept."""
 
+    cmd_options = (*DoitRun.cmd_options, OFFLINE)
+
     def execute(self, params: Any, args: list[str]) -> int:
         """Run tasks; doit's exit codes, or 130 when interrupted."""
         signal.signal(signal.SIGTERM, _raise_terminated)
         settings.always = bool(params.get("always"))
+        take_settings(offline=bool(params["offline"]))
         try:
             return int(self.run(params, args) or 0)
         except KeyboardInterrupt as error:
@@ -72,6 +84,7 @@ class Run(DoitRun):
 
     def run(self, params: Any, args: list[str]) -> Any:
         """doit's own `run`."""
+        check_remote()
         return super().execute(params, args)
 
 
@@ -127,6 +140,8 @@ class Build(Run):
                 print(describe_uptodate([row.package for row in rows]))
             elif rows:
                 summary.print_rows(rows)
+            for skip in plan.skipped:
+                print(skip)
             if params["report"]:
                 summary.write_report(Path(params["report"]), result, reporter.lines, rows, plan.skipped)
         return result
@@ -140,8 +155,31 @@ class Build(Run):
         params["reporter"] = Reporter(sys.stdout, {})
         return params["reporter"]  # type: ignore[no-any-return]
 
-            for skip in plan.skipped:
-                print(skip)
+
+def take_settings(*, offline: bool) -> None:
+    """Take the variables that say where results come from, so that only those that say what is built remain."""
+    from doit import doit_cmd
+
+    variables = doit_cmd._CMDLINE_VARS or {}
+    settings.remote = variables.pop("remote", "")
+    value = variables.pop("offline", "")
+    try:
+        if is_on(value) or offline:
+            go_offline()
+    except ValueError:
+        raise InvalidCommand(f"offline={value} is neither 1 nor 0\n  hint: doit build offline=1") from None
+
+
+def check_remote() -> None:
+    """Raise InvalidCommand for a remote cache that cannot be one. Workers share it, so it is made before them."""
+    from mlcbuild.errors import StoreError
+    from mlcbuild.graph.remote import get_remote
+
+    try:
+        get_remote()
+    except StoreError as error:
+        raise InvalidCommand(str(error)) from None
+
 
 def check_variables(variables: dict[str, str]) -> None:
     """Raise doit's InvalidCommand, which ends it with exit 3, for a variable that `doit build` does not know."""

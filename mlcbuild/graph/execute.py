@@ -1,6 +1,6 @@
 """Executes one action through the cache: current, else restored from the store, else run in a scratch folder.
 
-    key -> is what we have current? -> does the store have it? -> run -> store -> outputs -> state
+    key -> is what we have current? -> does the store, or the remote, have it? -> run -> store -> outputs -> state
 
 The store hears of a result before its outputs appear, and outputs appear by rename, so a build that is killed anywhere
 leaves nothing that a later one would mistake for finished.
@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,10 +39,13 @@ from mlcbuild.graph.versions import get_version
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
+    from mlcbuild.graph.remote import Remote
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How an action ended: `status` is ok (it was current), hit (restored) or run; `seconds` it took just now."""
+    """How an action ended: `status` is ok (it was current), hit (restored), remote hit (restored from the remote
+    cache) or run; `seconds` it took just now."""
 
     status: str
     key: str
@@ -198,13 +201,14 @@ def execute(action: Action, root: Path) -> Outcome:
 
 
 def _make(workspace: Workspace, action: Action, key: str, specification: dict[str, Any], scratch: Path) -> str:
-    """Restore or run into `scratch`, then place the outputs: "hit" or "run"."""
+    """Restore or run into `scratch`, then place the outputs: "hit", "remote hit" or "run"."""
     outputs = {name: scratch / "out" / name / path.name for name, path in action.outputs.items()}
-    record = None if settings.always else workspace.store.load_record(key)
-    if record is not None and workspace.store.restore(record, outputs):
-        status = "hit"
-    else:
-        status, started = "run", time.perf_counter()
+    from mlcbuild.graph.remote import get_remote
+
+    remote = get_remote()
+    record, status = _restore(workspace.store, remote, key, outputs)
+    if record is None:
+        started = time.perf_counter()
         remove(scratch / "out")
         for path in outputs.values():
             path.parent.mkdir(parents=True)
@@ -215,7 +219,25 @@ def _make(workspace: Workspace, action: Action, key: str, specification: dict[st
     for name, path in outputs.items():
         _place(path, workspace.root / action.outputs[name], scratch / f"old-{name}")
     workspace.save_state(action, record)
+    if remote is not None and status == "run":
+        remote.push(record, workspace.store, settings.report)
     return status
+
+
+def _restore(store: Store, remote: Remote | None, key: str, outputs: Mapping[str, Path]) -> tuple[Record | None, str]:
+    """The record of `key` with its files at `outputs`, and where it came from; None and "run" when nobody has it."""
+    if settings.always:
+        return None, "run"
+    record = store.load_record(key)
+    if record is not None and store.restore(record, outputs):
+        return record, "hit"
+    record = remote.fetch(key, store, settings.report) if remote is not None else None
+    if record is not None:
+        for path in outputs.values():
+            remove(path)  # what a damaged record of our own has left
+        if store.restore(record, outputs):
+            return record, "remote hit"
+    return None, "run"
 
 
 def _run(workspace: Workspace, action: Action, outputs: dict[str, Path]) -> None:

@@ -33,6 +33,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from mlcbuild.errors import MlcbuildError, RecipeError, UnknownNameError
+from mlcbuild.graph import settings
 from mlcbuild.graph.action import Action
 from mlcbuild.recipes.load import Recipes, load_recipes
 from mlcbuild.recipes.machine import Machine, has_program, load_machine
@@ -104,7 +105,6 @@ class Build:
 
 
 @dataclass(frozen=True, slots=True)
-@dataclass(frozen=True, slots=True)
 class Skip:
     """A variant of a matrix that this machine cannot build, and why."""
 
@@ -115,6 +115,7 @@ class Skip:
         return f"skip  {self.variant}  {self.reason}"
 
 
+@dataclass(frozen=True, slots=True)
 class Plan:
     """What this invocation of doit is about: `builds` have tasks, `selected` are those that the variables name, less
     what a matrix has and this machine cannot build: `skipped`."""
@@ -126,8 +127,8 @@ class Plan:
     selected: tuple[Build, ...]
     modules: tuple[ModuleType, ...]
     actions: Mapping[str, Action]
-
     skipped: tuple[Skip, ...] = ()
+
 
 _plans: list[Plan] = []
 
@@ -166,17 +167,18 @@ def get_variables() -> dict[str, str]:
 def load_plan(root: Path, variables: Mapping[str, str]) -> Plan:
     """Read recipes and tasks below `root`. Raises UnknownNameError, RecipeError."""
     modules = load_task_modules(root)
-    known = [*VARIABLES, *(name for module in modules for name in getattr(module, "VARIABLES", ()))]
+    own = [name for module in modules for name in getattr(module, "VARIABLES", ())]
+    known = [*VARIABLES, *settings.VARIABLES, *own]
     for name in variables:
         check_name("variable", name, known)
     recipes = load_recipes(root / "recipes")
     asked = {name: value for name, value in variables.items() if name in VARIABLES}
     machine = LazyMachine()
     selected = [make_build(variant, recipes, machine) for variant in make_variants(recipes, asked)]
-    builds = selected if asked else [*selected, *list_other_builds(recipes, machine, {build.id for build in selected})]
-    plan = Plan(root, recipes, variables, tuple(builds), tuple(selected), modules, {})
     skipped = list_skipped(selected) if "matrix" in asked else []
     selected = [build for build in selected if build.id not in {skip.variant for skip in skipped}]
+    builds = selected if asked else [*selected, *list_other_builds(recipes, machine, {build.id for build in selected})]
+    plan = Plan(root, recipes, variables, tuple(builds), tuple(selected), modules, {})
     return Plan(root, recipes, variables, plan.builds, plan.selected, modules, collect_actions(plan), tuple(skipped))
 
 
@@ -209,8 +211,6 @@ def make_build(variant: Variant, recipes: Recipes, machine: LazyMachine) -> Buil
     return Build(variant, recipes.models[variant.model], quantization, target, layout, machine.can_run(target))
 
 
-def list_other_builds(recipes: Recipes, machine: LazyMachine, known: set[str]) -> Iterator[Build]:
-    """Every other combination that matrices/default.yaml does not exclude and some weight layout allows."""
 def list_skipped(builds: Sequence[Build]) -> list[Skip]:
     """The builds whose toolchain this machine lacks; none if that is all of them, so that a step says what to do."""
     missing = {build.id: [name for name in build.target.toolchain if not has_program(name)] for build in builds}
@@ -219,6 +219,8 @@ def list_skipped(builds: Sequence[Build]) -> list[Skip]:
     return [Skip(variant, f"this machine has no {', '.join(names)}") for variant, names in missing.items() if names]
 
 
+def list_other_builds(recipes: Recipes, machine: LazyMachine, known: set[str]) -> Iterator[Build]:
+    """Every other combination that matrices/default.yaml does not exclude and some weight layout allows."""
     rules = recipes.matrices["default"].exclude
     for variant in make_variants(recipes, EVERYTHING):
         if variant.id in known or any(matches(variant, rule) for rule in rules):

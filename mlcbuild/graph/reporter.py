@@ -17,13 +17,13 @@ from mlcbuild.graph.settings import ignore_report, settings
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-COLOURS = {"run": "green", "hit": "cyan", "ok": "dim", "fail": "red"}
+COLOURS = {"run": "green", "hit": "cyan", "remote hit": "cyan", "ok": "dim", "fail": "red", "warn": "yellow"}
 QUIET_SECONDS = 10.0  # without a terminal, a long step says how far it is this often
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One finished task: `status` is run, hit, ok, skip or fail."""
+    """One finished task: `status` is run, hit, remote hit, ok, skip or fail."""
 
     step: str
     name: str
@@ -40,6 +40,7 @@ class Reporter:
         self.stream = outstream
         self.lines: list[Line] = []
         self.live = LiveLine(outstream) if outstream.isatty() else PlainLine(outstream)
+        settings.warn = lambda text: self.write(f"warn  {text}", "warn")
 
     def initialize(self, tasks: dict[str, Any], selected_tasks: list[str]) -> None:
         """doit has loaded the tasks and begins."""
@@ -99,7 +100,7 @@ class Reporter:
 
     def count_done(self) -> int:
         """How many steps have run or been restored."""
-        return sum(line.status in ("run", "hit") for line in self.lines)
+        return sum(line.status in ("run", "hit", "remote hit") for line in self.lines)
 
     def write(self, text: str, status: str) -> None:
         """One line, coloured on a terminal."""

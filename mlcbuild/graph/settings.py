@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from mlcbuild.graph.action import Report
@@ -11,12 +14,39 @@ def ignore_report(text: str, fraction: float | None = None) -> None:
     """A Report for nobody."""
 
 
+def write_warning(text: str) -> None:
+    """Says it on the real stderr: doit keeps for itself what steps print."""
+    print(f"warn  {text}", file=sys.__stderr__, flush=True)
+
+
 @dataclass
 class Settings:
-    """`always`: run even what is current or in the store. `report`: where the running step says how far it is."""
+    """`always`: run even what is current or in the store. `report`: where the running step says how far it is.
+    `warn`: where something is said that does not fail the build. `remote`: URL of the remote cache, "" for the one of
+    MLCBUILD_REMOTE. `offline`: neither remote cache nor downloads."""
 
     always: bool = False
     report: Report = ignore_report
+    warn: Callable[[str], None] = write_warning
+    remote: str = ""
+    offline: bool = False
 
 
 settings = Settings()
+
+# Command line variables of every command. They say where results come from, never what is built.
+VARIABLES = ("remote", "offline")
+YES, NO = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
+
+
+def is_on(value: str) -> bool:
+    """Whether a switch such as offline=1 is on. ValueError for anything that is neither yes nor no."""
+    if value.lower() not in (*YES, *NO):
+        raise ValueError(value)
+    return value.lower() in YES
+
+
+def go_offline() -> None:
+    """Use no network from here on: no remote cache, and only what the hub's own cache has."""
+    settings.offline = True
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is first imported

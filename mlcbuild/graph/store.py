@@ -82,7 +82,7 @@ class Store:
         """The record of `key`, None when there is none. A record that cannot be read is quarantined."""
         path = self._get_record_path(key)
         try:
-            record = _make_record(json.loads(path.read_text("utf-8")))
+            record = make_record(json.loads(path.read_text("utf-8")))
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError, AttributeError):
@@ -97,7 +97,11 @@ class Store:
         for name, blobs in record.outputs.items():
             for blob in blobs:
                 self._add_blob(made[name] / blob.path, blob.sha256)
-        with self._open_scratch(record.key) as scratch:
+        self.save_record(record)
+
+    def save_record(self, record: Record) -> None:
+        """Keep a record whose blobs are all in the store."""
+        with self.open_scratch(record.key) as scratch:
             text = json.dumps({"schema": SCHEMA, **asdict(record)}, indent=1, sort_keys=True)
             scratch.write_text(text, "utf-8")
             _sync(scratch)
@@ -107,7 +111,7 @@ class Store:
         """Make a record's outputs anew at the paths in `destination`; False if a blob is missing or was damaged."""
         for name, blobs in record.outputs.items():
             for blob in blobs:
-                source, path = self._get_blob_path(blob.sha256), destination[name] / blob.path
+                source, path = self.get_blob_path(blob.sha256), destination[name] / blob.path
                 if not self._is_intact(source, blob):
                     return False
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,25 +123,35 @@ class Store:
         """Whether every blob of a record is there with the right size; what is in them is looked at when restored."""
         blobs = [blob for output in record.outputs.values() for blob in output]
         try:
-            return all(os.stat(self._get_blob_path(blob.sha256)).st_size == blob.size for blob in blobs)
+            return all(os.stat(self.get_blob_path(blob.sha256)).st_size == blob.size for blob in blobs)
         except FileNotFoundError:
             return False
 
+    def has_blob(self, blob: Blob) -> bool:
+        """Whether the store has the blob, undamaged."""
+        return self._is_intact(self.get_blob_path(blob.sha256), blob)
+
+    def adopt(self, scratch: Path, digest: str) -> None:
+        """Keep a file of `open_scratch`, whose SHA-256 is `digest`, as a blob."""
+        path = self.get_blob_path(digest)
+        path.parent.mkdir(exist_ok=True)
+        os.chmod(scratch, READ_ONLY)
+        _sync(scratch)
+        os.replace(scratch, path)
+        self._memo.remember(path, digest)
+
     def _add_blob(self, file: Path, digest: str) -> None:
         """Put `file` into the store and let it share the blob's bytes. On return both are read-only."""
-        path = self._get_blob_path(digest)
+        path = self.get_blob_path(digest)
         found = os.stat(file)
         if self._is_intact(path, Blob("", found.st_size, digest)):
             if not os.path.samefile(file, path):
                 file.unlink()
                 share_file(path, file)
         else:
-            path.parent.mkdir(exist_ok=True)
-            with self._open_scratch(digest) as scratch:
+            with self.open_scratch(digest) as scratch:
                 share_file(file, scratch)
-                _sync(scratch)
-                os.replace(scratch, path)
-            self._memo.remember(path, digest)
+                self.adopt(scratch, digest)
         self._memo.remember(file, digest)
 
     def _is_intact(self, path: Path, blob: Blob) -> bool:
@@ -159,12 +173,13 @@ class Store:
     def _get_record_path(self, key: str) -> Path:
         return self.root / "ac" / f"{key}.json"
 
-    def _get_blob_path(self, digest: str) -> Path:
+    def get_blob_path(self, digest: str) -> Path:
+        """Where the blob with this SHA-256 lies, if the store has it."""
         return self.root / "cas" / digest[:2] / digest
 
     @contextlib.contextmanager
-    def _open_scratch(self, name: str) -> Iterator[Path]:
-        """The path of a file to be renamed into place; what is left of it after an error is removed."""
+    def open_scratch(self, name: str) -> Iterator[Path]:
+        """The path of a file to be made and renamed into place; what is left of it after an error is removed."""
         scratch = self.root / "scratch" / f"{name}.{os.getpid()}"
         scratch.unlink(missing_ok=True)
         try:
@@ -173,7 +188,7 @@ class Store:
             scratch.unlink(missing_ok=True)
 
 
-def _make_record(data: dict[str, Any]) -> Record | None:
+def make_record(data: dict[str, Any]) -> Record | None:
     """A record from its JSON; None for one of another schema."""
     if data["schema"] != SCHEMA:
         return None
