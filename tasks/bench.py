@@ -45,7 +45,7 @@ def run_bench(package: Path, variables: Mapping[str, str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print_figures(record, figures)
-    print(f"written to {path.parent.name}/{path.name}")
+    print(f"written to {path.relative_to(package.parents[2])}")
 
 
 def make_weight_reader(executor: TvmExecutor, target: Mapping[str, Any]) -> tuple[Callable[[], float], list[float]]:
