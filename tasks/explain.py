@@ -2,7 +2,8 @@
 
     doit explain model=tiny target=cpu
 
-Nothing is run or restored: `ok` is current, `hit` is in the store, `run` has to be made.
+Nothing is run or restored: `ok` is current, `hit` is in the store, `remote hit` in the remote cache, `run` has to be
+made.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from mlcbuild.graph.action import Action, get_provenance_path, make_canonical_js
 from mlcbuild.graph.changes import list_changes
 from mlcbuild.graph.digest import get_location, is_pattern
 from mlcbuild.graph.execute import Workspace, get_workspace, make_json_text
+from mlcbuild.graph.remote import get_remote
 from mlcbuild.graph.store import Blob, Record
 
 if TYPE_CHECKING:
@@ -31,8 +32,8 @@ FIRST = "not built here yet"
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What a build would do with an action: `status` is ok, hit or run. `specification` and `record` (its outputs) are
-    None where they depend on a task that runs first."""
+    """What a build would do with an action: `status` is ok, hit, remote hit or run. `specification` and `record` (its
+    outputs) are None where they depend on a task that runs first."""
 
     action: Action
     status: str
@@ -88,6 +89,10 @@ def make_forecast(workspace: Workspace, action: Action, before: Sequence[Forecas
     record = workspace.store.load_record(key)
     if record is not None and workspace.store.has_blobs(record):
         return Forecast(action, "hit", tuple(reasons), specification, record)
+    remote = get_remote()
+    record = remote.find(key) if remote is not None else None
+    if record is not None:
+        return Forecast(action, "remote hit", tuple(reasons), specification, record)
     return Forecast(action, "run", tuple(reasons), specification)
 
 
@@ -180,5 +185,6 @@ def format_forecasts(forecasts: Sequence[Forecast]) -> list[str]:
         first, *others = forecast.reasons or ("",)
         lines.append(f"{start}  {first}".rstrip())
         lines += [f"{'':<{len(start)}}  {reason}" for reason in others]
-    counts = {status: sum(forecast.status == status for forecast in forecasts) for status in ("ok", "hit", "run")}
-    return [*lines, ", ".join(f"{count} {status}" for status, count in counts.items())]
+    found = [forecast.status for forecast in forecasts]
+    shown = [status for status in ("ok", "hit", "remote hit", "run") if status != "remote hit" or status in found]
+    return [*lines, ", ".join(f"{found.count(status)} {status}" for status in shown)]

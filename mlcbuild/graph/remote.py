@@ -66,11 +66,11 @@ class Remote:
 
     def fetch(self, key: str, store: Store, report: Report) -> Record | None:
         """Bring the record of `key` and its blobs into `store`; None if the remote does not have all of it."""
-        if self._state[0] == DOWN:
+        record = self.find(key)
+        if record is None:
             return None
         try:
-            record = self._load_record(key)
-            if record is None or not self._load_blobs(record, store, report):
+            if not self._load_blobs(record, store, report):
                 return None
         except RemoteError as error:
             self._give_up(error)
@@ -79,6 +79,16 @@ class Remote:
             raise error.__cause__ or error from None
         store.save_record(record)
         return record
+
+    def find(self, key: str) -> Record | None:
+        """The record of `key`, None if the remote has none; whether it still has the blobs is seen when fetched."""
+        if self._state[0] == DOWN:
+            return None
+        try:
+            return self._load_record(key)
+        except RemoteError as error:
+            self._give_up(error)
+            return None
 
     def push(self, record: Record, store: Store, report: Report) -> None:
         """Give the remote a record that `store` has: first its blobs, then the action result that speaks of them."""

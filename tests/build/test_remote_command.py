@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from real_project import copy_project
+from real_project import doit as real_doit
 from small_project import ROOT, doit, make_command, make_environment, make_project, take_log
 
 STEPS = ["convert 4", "package", "verify"]
@@ -84,6 +86,31 @@ def test_a_damaged_blob_is_built_anew(tmp_path: Path, one: Path, two: Path) -> N
     assert (words, log) == (["warn", *["run"] * 3], STEPS)
     weights = "artifacts/weights/m-q4-rows16/big.bin"
     assert (two / weights).read_bytes() == (one / weights).read_bytes()
+
+
+def test_explain_knows_what_the_remote_has(url: str, one: Path, two: Path) -> None:
+    build(one, f"remote={url}")
+    done = doit(two, "explain", f"remote={url}")
+    assert (done.returncode, done.stderr, take_log(two)) == (0, "", [])
+    lines = done.stdout.splitlines()
+    assert [line.split()[:3] for line in lines[:3]] == [["remote", "hit", step.split()[0]] for step in STEPS]
+    assert lines[3:] == ["0 ok, 0 hit, 3 remote hit, 0 run"]
+    assert not (two / "artifacts" / "packages").exists()
+
+
+def test_the_real_project_is_restored_without_compiling(url: str, tmp_path: Path) -> None:
+    for name, word in (("one", "run"), ("two", "remote hit")):
+        project = copy_project(tmp_path / name)
+        done = real_doit(project, tmp_path / f"store-{name}", "build", "model=tiny", f"remote={url}")
+        assert done.returncode == 0, done.stdout + done.stderr
+        found = [line for line in done.stdout.splitlines() if line.startswith(("run ", "hit ", "remote hit ", "warn"))]
+        assert len(found) == 6
+        assert all(line.startswith(word) for line in found), done.stdout
+        assert "The capital of France is Paris." in done.stdout
+    made = [path for path in (tmp_path / "one" / "artifacts" / "packages").rglob("*") if path.is_file()]
+    assert len(made) > 5
+    for path in made:
+        assert (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes() == path.read_bytes()
 
 
 @pytest.mark.parametrize("workers", [[], ["-n", "2"]])
