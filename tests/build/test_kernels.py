@@ -63,7 +63,8 @@ def quantize(x):
     """numpy's version of quantize_rows: the float32 values that the codes stand for."""
     groups = x.reshape(*x.shape[:-1], -1, 32)
     largest = np.abs(groups).max(-1, keepdims=True)
-    codes = np.rint(groups * np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest > 0))
+    something = largest > quantize_rows.NOTHING
+    codes = np.rint(groups * np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=something))
     return (codes * (largest * np.float32(1 / 127))).reshape(x.shape).astype(np.float32)
 
 
@@ -242,3 +243,39 @@ def test_attention_over_pages(rng, heads, kv_heads, d, dtype):
         wanted = attend(x[:, :heads], positions, rows, history)
         np.testing.assert_allclose(y.reshape(n, heads, d), wanted, atol=tolerance)
     assert np.isnan(pages[0]).all()  # the other layer is untouched
+
+
+EXTREMES = [1e4, -1e4, 0.0, 1e-40, -1e-40, 1.0]
+
+
+@needs_vnni
+def test_extreme_activations_stay_finite(rng):
+    """Outliers, zeros and denormals go through norm, gate, quantization and matmul without a NaN."""
+    width = 128
+    packed, dense = make_weights(rng, Q4F16, "x86-vnni-16x64", (32, width))
+    x = rng.choice(np.array(EXTREMES, np.float32), (9, width))
+    x[0], x[1] = 0, 1e-40
+    y, normed = np.zeros((9, 32), np.float32), np.zeros((9, width), np.float32)
+    acts = codes_for(9, width)
+    build(elementwise.make_rms_norm(width, 1e-5))(x, np.ones(width, np.float32), normed)
+    assert np.isfinite(normed).all()
+    build(quantize_rows.make_quantize_rows(width))(x, *acts)
+    build(linear_vnni.make_linear(32, width, bias=False, residual=False))(*packed, *acts, y)
+    np.testing.assert_allclose(y, quantize(x) @ dense.T, rtol=1e-5, atol=1e-2)
+    gate_up, gated = np.tile(x, (1, 2)), np.zeros((9, width), np.float32)
+    build(elementwise.make_silu_mul(width))(gate_up, gated)
+    assert np.isfinite(gated).all()
+    assert (gated[x == -1e4] == 0).all()
+
+
+def test_attention_with_one_huge_score_stays_finite(rng):
+    h = attention.Heads(layers=1, heads=4, kv_heads=2, head_dim=32, dtype="float32")
+    append, attend_kernel = build(attention.make_rope_append(h)), build(attention.make_attention(h))
+    pages, table = np.zeros((1, 2, 2, 2, 16, 32), np.float32), np.array([[0, 1]], np.int32)
+    qkv, n = rng.normal(size=(20, h.width)).astype(np.float32), 20
+    qkv[7] *= 1e4
+    rope = np.concatenate([np.ones((n, 16)), np.zeros((n, 16))], -1).astype(np.float32)
+    positions, rows, y = np.arange(n, dtype=np.int32), np.zeros(n, np.int32), np.zeros((n, 128), np.float32)
+    append(qkv, pages, rope, positions, rows, table, 0)
+    attend_kernel(qkv, pages, positions, rows, table, 0, y)
+    assert np.isfinite(y).all()

@@ -21,6 +21,7 @@ from mlcbuild.compiler.kernels.tir import F32, I32, Expr, f32, put, spread, vec,
 GROUP = 32
 MAX_BLOCK = 64  # rows of a block: 64 x 32 float32 partial sums of the matmul stay in L1
 ZERO_POINT = 7
+NOTHING = 1e-30  # a group below this is zero: 127 / max would overflow for denormals
 
 
 def padded_rows(n: Expr) -> Expr:
@@ -134,12 +135,13 @@ def _make(in_features: int, make_rows: Callable[[Expr], _Plain | _Normalized | _
 
 
 def _store_group(halves: list[Expr], at: Expr, codes: Expr, scales: Expr, corrections: Expr) -> None:
-    """Quantize 32 values into entry `at`; an all-zero group gets scale 0 and codes 0."""
+    """Quantize 32 values into entry `at`; a group of (almost) zeros gets scale 0 and codes 0."""
     largest = T.bind(tir.reduce_max(tir.maximum(*[tir.call(F32, "fabs", h) for h in halves])))
-    inverse = T.bind(T.Select(largest > T.float32(0), T.float32(127) / largest, T.float32(0)))
+    something = largest > T.float32(NOTHING)
+    inverse = T.bind(T.Select(something, T.float32(127) / largest, T.float32(0)))
     rounded = [T.bind(T.cast(tir.call(F32, "nearbyint", h * spread(inverse)), I32)) for h in halves]
     for i, q in enumerate(rounded):
         put(codes, at * GROUP + i * 16, T.cast(q, "int8x16"))
-    T.buffer_store(scales, largest * T.float32(1 / 127), [at])
+    T.buffer_store(scales, T.Select(something, largest * T.float32(1 / 127), T.float32(0)), [at])
     total = tir.call("int32", "vector.reduce.add", rounded[0] + rounded[1])
     T.buffer_store(corrections, total * T.int32(-ZERO_POINT), [at])
