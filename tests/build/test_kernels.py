@@ -265,7 +265,7 @@ def test_extreme_activations_stay_finite(rng):
     gate_up, gated = np.tile(x, (1, 2)), np.zeros((9, width), np.float32)
     build(elementwise.make_silu_mul(width))(gate_up, gated)
     assert np.isfinite(gated).all()
-    assert (gated[x == -1e4] == 0).all()
+    assert (np.abs(gated[x == -1e4]) < 1e-20).all()
 
 
 def test_attention_with_one_huge_score_stays_finite(rng):
