@@ -34,6 +34,7 @@ from mlcbuild.graph.code import CodeDigests
 from mlcbuild.graph.digest import DigestMemo, get_location, get_stat
 from mlcbuild.graph.settings import settings
 from mlcbuild.graph.store import Record, Store, make_blobs
+from mlcbuild.graph.upkeep import register_checkout
 from mlcbuild.graph.versions import get_version
 
 if TYPE_CHECKING:
@@ -65,7 +66,9 @@ class Workspace:
     @functools.cached_property
     def store(self) -> Store:
         """The content store, made at first use."""
-        return Store(self._store, self.memo)
+        store = Store(self._store, self.memo)
+        register_checkout(self._store, self.root)
+        return store
 
     def make_specification(self, action: Action) -> dict[str, Any]:
         """What the action's key is made of. StepError when an input does not exist."""

@@ -88,16 +88,17 @@ class Store:
         except (ValueError, KeyError, TypeError, AttributeError):
             record = None
         if record is None or record.key != key:
-            self._quarantine(path)
+            self.quarantine(path)
             return None
         return record
 
     def save(self, record: Record, made: Mapping[str, Path]) -> None:
         """Keep an action's outputs: first the blobs, from the files in `made`, then the record that speaks of them."""
-        for name, blobs in record.outputs.items():
-            for blob in blobs:
-                self._add_blob(made[name] / blob.path, blob.sha256)
-        self.save_record(record)
+        with self.hold():
+            for name, blobs in record.outputs.items():
+                for blob in blobs:
+                    self._add_blob(made[name] / blob.path, blob.sha256)
+            self.save_record(record)
 
     def save_record(self, record: Record) -> None:
         """Keep a record whose blobs are all in the store."""
@@ -109,15 +110,32 @@ class Store:
 
     def restore(self, record: Record, destination: Mapping[str, Path]) -> bool:
         """Make a record's outputs anew at the paths in `destination`; False if a blob is missing or was damaged."""
-        for name, blobs in record.outputs.items():
-            for blob in blobs:
-                source, path = self.get_blob_path(blob.sha256), destination[name] / blob.path
-                if not self._is_intact(source, blob):
-                    return False
-                path.parent.mkdir(parents=True, exist_ok=True)
-                share_file(source, path)
-                self._memo.remember(path, blob.sha256)
+        with self.hold():
+            for name, blobs in record.outputs.items():
+                for blob in blobs:
+                    source, path = self.get_blob_path(blob.sha256), destination[name] / blob.path
+                    if not self._is_intact(source, blob):
+                        return False
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    share_file(source, path)
+                    self._memo.remember(path, blob.sha256)
+        with contextlib.suppress(OSError):  # it is gone, or another user's
+            os.utime(self._get_record_path(record.key))  # when it was last used: see upkeep.py
         return True
+
+    @contextlib.contextmanager
+    def hold(self, *, alone: bool = False) -> Iterator[None]:
+        """Held together by those who add and restore, and alone by those who remove (see upkeep.py)."""
+        handle = os.open(self.root / "hold", os.O_RDONLY | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+            yield
+        finally:
+            os.close(handle)
+
+    def remove_record(self, key: str) -> None:
+        """Forget a record; its blobs stay until nothing speaks of them."""
+        self._get_record_path(key).unlink(missing_ok=True)
 
     def has_blobs(self, record: Record) -> bool:
         """Whether every blob of a record is there with the right size; what is in them is looked at when restored."""
@@ -161,10 +179,11 @@ class Store:
         except FileNotFoundError:
             return False
         if not intact:
-            self._quarantine(path)
+            self.quarantine(path)
         return intact
 
-    def _quarantine(self, path: Path) -> None:
+    def quarantine(self, path: Path) -> None:
+        """Move a damaged file out of the way."""
         folder = self.root / "quarantine"
         folder.mkdir(exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
