@@ -4,6 +4,7 @@
     doit build model=tiny quantization=q0f32,q4* target=cpu
     doit build matrix=nightly target=cuda*
     doit build model=llama3.2-1b source=random  seeded weights of its shape, no download
+    doit build matrix=nightly -n 4              four steps at once, each in a process of its own
     doit build remote=http://cache:8080         share results through a cache (./doit cache-server), or offline=1
 
 This module is imported by every doit command, so it imports nothing that takes time.
@@ -85,6 +86,12 @@ class Run(DoitRun):
     def run(self, params: Any, args: list[str]) -> Any:
         """doit's own `run`."""
         check_remote()
+        if params["num_process"] and params["par_type"] == "process":
+            import doit.cmd_run
+
+            from mlcbuild.graph.workers import WorkerRunner
+
+            doit.cmd_run.MRunner = WorkerRunner  # doit knows its runners by these names only
         return super().execute(params, args)
 
 
