@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 
+import numpy as np
 import pytest
-from small_engines import LIMITS, make_talking_engine
+from small_engines import LIMITS, make_engine, make_talking_engine
 
 from engine import AsyncLLM, EngineError, InvalidRequest, SamplingParams
 
@@ -37,20 +39,37 @@ def test_whole_and_streamed() -> None:
     asyncio.run(talk())
 
 
-def test_requests_run_together_and_end_when_cancelled() -> None:
+def test_requests_run_together() -> None:
     async def talk() -> None:
-        llm = AsyncLLM("anything")
-        asked = (llm.generate("x<|bot|>", SamplingParams(temperature=0.0, max_tokens=i)) for i in range(1, 7))
-        assert [o.text for o in await asyncio.gather(*asked)] == ["Good day"[:i] for i in range(1, 7)]
-        endless = asyncio.create_task(llm.generate("x", SamplingParams(ignore_eos=True)))
-        while not llm.get_stats().running:
-            await asyncio.sleep(0.001)
-        endless.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await endless
-        await llm.close()
-        await llm.close()
+        async with AsyncLLM("anything") as llm:
+            asked = (llm.generate("x<|bot|>", SamplingParams(temperature=0.0, max_tokens=i)) for i in range(1, 7))
+            assert [o.text for o in await asyncio.gather(*asked)] == ["Good day"[:i] for i in range(1, 7)]
+            await llm.close()
 
+    asyncio.run(talk())
+
+
+def test_a_cancelled_request_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def think(_: np.ndarray) -> np.ndarray:
+        begun.set()
+        assert go_on.wait(60)
+        return np.zeros(LIMITS.vocab_size, np.float32)
+
+    async def talk() -> None:
+        async with AsyncLLM("anything") as llm:
+            endless = asyncio.create_task(llm.generate("x", SamplingParams(ignore_eos=True)))
+            await asyncio.to_thread(begun.wait, 60)
+            endless.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await endless
+            go_on.set()
+        stats = llm.get_stats()
+        assert (stats.running, stats.waiting, stats.free_pages) == (0, 0, stats.num_pages)
+        assert stats.completion_tokens <= 1
+
+    monkeypatch.setattr("engine.llm.make_package_engine", lambda *_, **__: lambda: make_engine(model=think))
     asyncio.run(talk())
 
 
