@@ -8,7 +8,7 @@ from mlcbuild.graph.action import Action, Context
 from mlcbuild.graph.plan import Build, Plan
 
 # What of a target recipe is for choosing it, and changes no library.
-CHOICE = {"description", "rank", "default"}
+CHOICE = {"description", "rank", "default", "provides"}
 
 
 def make_actions(plan: Plan) -> Iterator[Action]:
@@ -21,7 +21,7 @@ def make_actions(plan: Plan) -> Iterator[Action]:
             params={
                 "family": build.model.family,
                 "config": build.model.config,
-                "quantization": build.quantization.model_dump(mode="json", exclude={"description"}),
+                "quantization": build.quantization.model_dump(mode="json", exclude={"description", "needs"}),
                 "target": build.target.model_dump(mode="json", exclude=CHOICE),
                 "limits": build.limits.model_dump(mode="json"),
                 "layout": build.layout,

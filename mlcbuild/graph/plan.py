@@ -37,7 +37,7 @@ from mlcbuild.graph import settings
 from mlcbuild.graph.action import Action
 from mlcbuild.recipes.load import Recipes, load_recipes
 from mlcbuild.recipes.machine import Machine, has_program, load_machine
-from mlcbuild.recipes.matrix import AXES, VARIABLES, Variant, can_run, make_variants, matches
+from mlcbuild.recipes.matrix import AXES, VARIABLES, Variant, can_run, find_conflict, make_variants, matches
 from mlcbuild.recipes.names import check_name
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class Build:
 
 @dataclass(frozen=True, slots=True)
 class Skip:
-    """A variant of a matrix that this machine cannot build, and why."""
+    """A variant of a matrix that cannot be, or that this machine cannot build, and why."""
 
     variant: str
     reason: str
@@ -174,9 +174,14 @@ def load_plan(root: Path, variables: Mapping[str, str]) -> Plan:
     recipes = load_recipes(root / "recipes")
     asked = {name: value for name, value in variables.items() if name in VARIABLES}
     machine = LazyMachine()
-    selected = [make_build(variant, recipes, machine) for variant in make_variants(recipes, asked)]
-    skipped = list_skipped(selected) if "matrix" in asked else []
-    selected = [build for build in selected if build.id not in {skip.variant for skip in skipped}]
+    variants = make_variants(recipes, asked)
+    skipped = list_conflicts(recipes, variants, whole="matrix" not in asked)
+    left_out = {skip.variant for skip in skipped}
+    selected = [make_build(variant, recipes, machine) for variant in variants if variant.id not in left_out]
+    if "matrix" in asked and "variant" not in asked:
+        missing = list_skipped(selected)
+        selected = [build for build in selected if build.id not in {skip.variant for skip in missing}]
+        skipped += missing
     builds = selected if asked else [*selected, *list_other_builds(recipes, machine, {build.id for build in selected})]
     plan = Plan(root, recipes, variables, tuple(builds), tuple(selected), modules, {})
     return Plan(root, recipes, variables, plan.builds, plan.selected, modules, collect_actions(plan), tuple(skipped))
@@ -203,12 +208,24 @@ class LazyMachine:
 
 
 def make_build(variant: Variant, recipes: Recipes, machine: LazyMachine) -> Build:
-    """A variant with its recipes. RecipeError when no weight layout of the target holds the quantization."""
+    """A variant with its recipes, which find_conflict has found to fit."""
     from mlcbuild.quantization import choose_layout
 
     quantization, target = recipes.quantizations[variant.quantization], recipes.targets[variant.target]
     layout = choose_layout(target, quantization)
     return Build(variant, recipes.models[variant.model], quantization, target, layout, machine.can_run(target))
+
+
+def list_conflicts(recipes: Recipes, variants: Sequence[Variant], *, whole: bool) -> list[Skip]:
+    """The variants that cannot be, and why. RecipeError if that is all of them, or any where the `whole` is wanted."""
+    reasons = {variant.id: find_conflict(recipes, variant) for variant in variants}
+    found = [Skip(variant, reason) for variant, reason in reasons.items() if reason is not None]
+    if found and (whole or len(found) == len(variants)):
+        first = found[0]
+        raise RecipeError(
+            f"{first.variant} cannot be built: {first.reason}", hint="name another target or quantization"
+        )
+    return found
 
 
 def list_skipped(builds: Sequence[Build]) -> list[Skip]:
@@ -225,10 +242,8 @@ def list_other_builds(recipes: Recipes, machine: LazyMachine, known: set[str]) -
     for variant in make_variants(recipes, EVERYTHING):
         if variant.id in known or any(matches(variant, rule) for rule in rules):
             continue
-        try:
+        if find_conflict(recipes, variant) is None:  # naming it says why it does not exist
             yield make_build(variant, recipes, machine)
-        except RecipeError:
-            continue  # the pair of target and quantization does not exist; naming it says why
 
 
 def collect_actions(plan: Plan) -> dict[str, Action]:

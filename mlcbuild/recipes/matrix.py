@@ -1,8 +1,9 @@
-"""Variants: what `model= quantization= target= matrix= source=` on the command line stand for.
+"""Variants: what `model= quantization= target= matrix= variant= source=` on the command line stand for.
 
     make_variants(recipes, {})                                          matrices/default.yaml
     make_variants(recipes, {"model": "tiny", "quantization": "q4*,q0f32"})   its other axes from default.yaml
     make_variants(recipes, {"matrix": "nightly", "target": "cuda*"})    the part of a matrix that fits
+    make_variants(recipes, {"matrix": "nightly", "variant": "tiny/q0f16/aarch64"})   these, as a matrix has them
     make_variants(recipes, {"model": "llama3.2-1b", "source": "random"})     model id llama3.2-1b-random
 
 Recipes are filtered before the product is made. `cpu` and `cuda` are aliases for a named target of this machine.
@@ -19,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 from mlcbuild.errors import RecipeError, UnknownNameError
 from mlcbuild.recipes.load import ALIASES, RANDOM, Recipes
 from mlcbuild.recipes.machine import Machine, load_machine
-from mlcbuild.recipes.names import check_name, make_name_error
+from mlcbuild.recipes.names import check_name, get_nearest, make_name_error
 
 if TYPE_CHECKING:
     from mlcbuild.recipes.schema import Cell, Limits, Matrix, Target
 
 AXES = ("model", "quantization", "target")
-VARIABLES = (*AXES, "matrix", "source")
+VARIABLES = (*AXES, "matrix", "variant", "source")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,10 @@ def make_variants(
     resolver = Resolver(recipes, look)
     given = {axis: split(axis, variables[axis]) for axis in AXES if axis in variables}
     matrix = recipes.matrices[variables.get("matrix", "default")]
-    if "matrix" in variables:
+    if "variant" in variables:
+        known = expand(matrix, resolver) if "matrix" in variables else None
+        variants = list_named(variables["variant"], given, resolver, known)
+    elif "matrix" in variables:
         variants = filter_variants(expand(matrix, resolver), given, resolver, matrix.name)
     elif given:
         axes = {axis: given.get(axis) or getattr(matrix.axes, axis) for axis in AXES}
@@ -110,6 +114,29 @@ def split(axis: str, value: str) -> list[str]:
     if not patterns:
         raise UnknownNameError(f"{axis}= names nothing", hint=f"give a name, a comma list or a glob, e.g. {axis}='*'")
     return patterns
+
+
+def list_named(
+    value: str, given: Mapping[str, list[str]], resolver: Resolver, known: Sequence[Variant] | None
+) -> list[Variant]:
+    """The variants of `variant=a/b/c,...`, all in `known`, a matrix, if there is one. UnknownNameError for others."""
+    if given:
+        axis = next(iter(given))
+        raise UnknownNameError(f"variant= already names the {axis}", hint=f"leave out {axis}=")
+    found = []
+    for name in split("variant", value):
+        parts = name.split("/")
+        if len(parts) != len(AXES) or is_glob(name):
+            raise UnknownNameError(f"'{name}' is not a variant", hint=f"variant={'/'.join(AXES)}, without globs")
+        model, quantization, target = (resolver.resolve(axis, part)[0] for axis, part in zip(AXES, parts, strict=True))
+        variant = Variant(model, quantization, target)
+        if known is not None:
+            ids = {other.id: other for other in known}
+            if variant.id not in ids:
+                raise make_name_error("variant of the matrix", variant.id, ids)
+            variant = ids[variant.id]
+        found.append(variant)
+    return list(dict.fromkeys(found))
 
 
 def is_glob(pattern: str) -> bool:
@@ -169,7 +196,20 @@ def expand_cells(matrix: Matrix, resolver: Resolver) -> list[Variant]:
         cells = [cell for cell in cells if cell not in matching]
     for extra in matrix.include:
         names = [resolver.resolve(axis, getattr(extra, axis)) for axis in AXES]
-        cells += [Variant(m, q, t) for m, q, t in itertools.product(*names)]
+        extras = [Variant(m, q, t) for m, q, t in itertools.product(*names)]
+        reasons = [find_conflict(resolver.recipes, variant) for variant in extras]
+        if all(reasons):
+            raise RecipeError(
+                f"matrix '{matrix.name}': an include cannot be built ({extras[0].id}): {reasons[0]}",
+                hint="remove it, or mend the names",
+            )
+        cells += extras
+    for override in matrix.overrides:
+        if not any(matches(cell, override.when) for cell in cells):
+            raise RecipeError(
+                f"matrix '{matrix.name}': an override matches nothing ({describe(override.when)})",
+                hint="remove it, or mend the names",
+            )
     return [apply_overrides(matrix, cell) for cell in dict.fromkeys(cells)]
 
 
@@ -212,6 +252,36 @@ def apply_overrides(matrix: Matrix, variant: Variant) -> Variant:
         if matches(variant, override.when):
             changes |= override.limits.model_dump(exclude_none=True)
     return replace(variant, changes=tuple(sorted(changes.items())))
+
+
+def find_conflict(recipes: Recipes, variant: Variant) -> str | None:
+    """Why there can be no such variant: a capability that its target does not provide, or no weight layout; else None.
+
+    Raises RecipeError for a capability that no target provides: it is misspelt.
+    """
+    from mlcbuild.quantization import choose_layout
+
+    model, quantization = recipes.models[variant.model], recipes.quantizations[variant.quantization]
+    target = recipes.targets[variant.target]
+    for what, recipe in (("model", model), ("quantization", quantization)):
+        for word in recipe.needs:
+            if word not in target.provides:
+                check_capability(recipes, f"{what} {recipe.name}", word)
+                return f"{what} {recipe.name} needs {word}, which target {target.name} does not provide"
+    try:
+        choose_layout(target, quantization)
+    except RecipeError as error:
+        return error.message
+    return None
+
+
+def check_capability(recipes: Recipes, what: str, word: str) -> None:
+    """Raise RecipeError if no target at all provides a capability."""
+    known = sorted({word for name in recipes.targets for word in recipes.targets[name].provides})
+    if word not in known:
+        nearest = get_nearest(word, known)
+        hint = f"did you mean {' or '.join(nearest)}?" if nearest else f"known: {', '.join(known) or 'none'}"
+        raise RecipeError(f"{what} needs {word}, which no target provides", hint=hint)
 
 
 def choose_target(recipes: Recipes, alias: str, machine: Machine) -> Target:

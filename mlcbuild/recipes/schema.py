@@ -96,6 +96,7 @@ class ModelRecipe(Recipe):
     limits: Limits
     chat: Chat = Field(default_factory=Chat)
     quality: Quality = Field(default_factory=Quality)
+    needs: list[str] = Field(default_factory=list, description="capabilities that a target must provide")
 
     @field_validator("config")
     @classmethod
@@ -124,6 +125,7 @@ class Quantization(Recipe):
         default="float32", description="what CPU matmuls may round inputs to"
     )
     parameters: dict[str, int | float | str] = Field(default_factory=dict, description="keys of the method's own")
+    needs: list[str] = Field(default_factory=list, description="capabilities that a target must provide")
 
 
 class Target(Recipe):
@@ -138,6 +140,7 @@ class Target(Recipe):
     library: str = Field(default="lib.so", description="file name of the compiled library")
     layouts: list[str] = Field(min_length=1, description="weight layouts, best first")
     requires: list[str] = Field(default_factory=list, description="CPU flags, or 'compute-capability 9.0'")
+    provides: list[str] = Field(default_factory=list, description="capabilities that `needs` may ask for")
     toolchain: list[str] = Field(default_factory=list, description="programs that must be on PATH")
     rank: int = Field(default=0, description="target=<kind> picks the highest rank that this machine can run")
     default: bool = Field(default=False, description="what target=<kind> means where no device of the kind is present")
@@ -181,7 +184,10 @@ class Override(Recipe):
 
 
 class Matrix(Recipe):
-    """A set of variants: the product of the axes (some zipped together), less exclude, plus include."""
+    """A set of variants: the product of the axes (some zipped together), less exclude, plus include.
+
+    What a target does not provide and a model or quantization needs is left out without being written here.
+    """
 
     name: str
     description: str = ""

@@ -172,13 +172,16 @@ def test_several_at_once(project: Path) -> None:
     ("args", "text"),
     [
         (["build", "modle=m"], "unknown variable 'modle'\n  hint: did you mean model?"),
-        (["build", "port=1"], "unknown variable 'port'\n  hint: known: matrix, model, quantization, source, target"),
+        (
+            ["build", "port=1"],
+            "unknown variable 'port'\n  hint: known: matrix, model, quantization, source, target, variant",
+        ),
         (["build", "model=mm"], "unknown model 'mm'\n  hint: did you mean m?"),
         (["build", "quantization=q5"], "unknown quantization 'q5'\n  hint: did you mean q4 or q0?"),
         (["build", "model="], "model= names nothing\n  hint: give a name, a comma list or a glob, e.g. model='*'"),
         (["build", "matrix=nightly"], "unknown matrix 'nightly'\n  hint: known: default"),
         (["build", "convert:x"], "doit build takes variables, not tasks: convert:x\n  hint: doit run convert:x"),
-        (["serve", "modle=x"], "unknown variable 'modle'\n  hint: did you mean model?"),
+        (["serve", "modle=x"], "unknown variable 'modle'\n  hint: did you mean model or remote or offline?"),
         (["serve", "prt=1"], "unknown variable 'prt'\n  hint: did you mean port?"),
         (["list", "model=x"], "unknown model 'x'\n  hint: known: m"),
     ],

@@ -36,6 +36,23 @@ def test_what_fits_is_built_and_the_rest_is_listed(project: Path) -> None:
     assert doit(project, "explain", "matrix=nightly").stdout.splitlines()[-2:] == ["3 ok, 0 hit, 0 run", SKIP]
 
 
+def test_what_cannot_be_is_listed(project: Path) -> None:
+    """A quantization that needs what a target does not provide: left out of a matrix, an error where it is named."""
+    for name, line in (("quantizations/q4.yaml", "needs: [fp8]"), ("targets/x86-64-v3.yaml", "provides: [fp8]")):
+        path = project / "recipes" / name
+        path.write_text(f"{path.read_text()}{line}\n")
+    done = doit(project, "build", "matrix=nightly")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert take_log(project) == ["convert 4", "package", "verify"]
+    reason = "quantization q4 needs fp8, which target other does not provide"
+    assert done.stdout.splitlines()[-1] == f"skip  m/q4/other  {reason}"
+    for args in (["target=other"], ["matrix=nightly", "target=other"], ["variant=m/q4/other"]):
+        done = doit(project, "build", *args)
+        assert (done.returncode, done.stdout) == (3, "")
+        error = f"ERROR: m/q4/other cannot be built: {reason}\n  hint: name another target or quantization\n"
+        assert done.stderr == error
+
+
 def test_a_new_program_ends_the_snapshot(project: Path, tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     path = f"{os.environ['PATH']}:{tmp_path / 'bin'}"
@@ -51,7 +68,8 @@ def test_a_new_program_ends_the_snapshot(project: Path, tmp_path: Path) -> None:
 
 def test_what_is_named_is_not_skipped(project: Path) -> None:
     """Its compiler would say what is missing; this project has none, so that it is built."""
-    for args in (["target=other"], ["matrix=nightly", "target=other"]):
+    named = ["matrix=nightly", "variant=m/q4/x86-64-v3,m/q4/other"]
+    for args in (["target=other"], ["matrix=nightly", "target=other"], named):
         done = doit(project, "build", *args)
         assert done.returncode == 0
         assert "skip" not in done.stdout

@@ -34,7 +34,7 @@ def test_a_text() -> None:
     assert make_text(module) == (
         "\nMore of it.\n\nvariables (name=value):\n  a          one\n"
         f"  long_name  {('word ' * 21).strip()}\n             {('word ' * 9).strip()}\n\n"
-        "besides those that select a variant: model, quantization, target, matrix, source"
+        "besides those that select a variant: model, quantization, target, matrix, variant, source"
     )
     module = ModuleType("tasks.y", "y: does it.")
     module.VARIABLES = {"a": "one"}  # type: ignore[attr-defined]

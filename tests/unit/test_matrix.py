@@ -10,7 +10,7 @@ import pytest
 from mlcbuild.errors import RecipeError, UnknownNameError
 from mlcbuild.recipes.load import load_recipes
 from mlcbuild.recipes.machine import Machine, load_compute_capability, load_cpu_flags
-from mlcbuild.recipes.matrix import Variant, make_variants
+from mlcbuild.recipes.matrix import Variant, find_conflict, make_variants
 
 ROOT = Path(__file__).parents[2] / "recipes"
 V3 = "avx avx2 bmi1 bmi2 f16c fma abm movbe xsave"
@@ -30,6 +30,9 @@ def list_ids(variables, recipes=None, **machine):
 def write_matrix(tmp_path):
     """Recipes of this repository with one more matrix, m."""
     shutil.copytree(ROOT, tmp_path / "recipes", ignore=shutil.ignore_patterns("*.safetensors"))
+
+    q8 = "needs: [fp8]\nmethod: group\nbits: 4\ngroup_size: 32\ndtype: float16\n"
+    (tmp_path / "recipes" / "quantizations" / "q8.yaml").write_text(q8)
 
     def write(text):
         (tmp_path / "recipes" / "matrices" / "m.yaml").write_text(text)
@@ -182,13 +185,80 @@ def test_include_exclude_and_overrides(write_matrix):
             "include: [{model: lama3, quantization: q0f32, target: cpu}]\n",
             "matrix 'm': unknown model 'lama3'\n  hint: did you mean llama3 or llama3.2-1b?",
         ),
+        (
+            "include: [{model: tiny, quantization: q8, target: cuda-sm80}]\n",
+            "matrix 'm': an include cannot be built (tiny/q8/cuda-sm80): quantization q8 needs fp8, which target "
+            "cuda-sm80 does not provide\n  hint: remove it, or mend the names",
+        ),
+        (
+            "overrides: [{when: {target: arm*}, limits: {max_batch: 4}}]\n",
+            "matrix 'm': an override matches nothing (target: arm*)\n  hint: remove it, or mend the names",
+        ),
     ],
-    ids=["exclude", "zip", "include"],
+    ids=["exclude", "zip", "include", "unfit include", "override"],
 )
 def test_mistakes_in_a_matrix(write_matrix, extra, text):
     recipes = write_matrix(AXES + extra)
     with pytest.raises(RecipeError) as caught:
         list_ids({"matrix": "m"}, recipes)
+    assert str(caught.value) == text
+
+
+def test_needs_and_provides_say_what_cannot_be(write_matrix):
+    recipes = write_matrix(AXES)
+    assert find_conflict(recipes, Variant("tiny", "q8", "cuda-sm90")) is None
+    assert find_conflict(recipes, Variant("tiny", "q8", "aarch64")) == (
+        "quantization q8 needs fp8, which target aarch64 does not provide"
+    )
+    path = recipes.root / "models" / "qwen2.5-7b.yaml"
+    path.write_text(path.read_text() + "needs: [fp9]\n")
+    with pytest.raises(RecipeError) as caught:
+        find_conflict(recipes, Variant("qwen2.5-7b", "q0f16", "cuda-sm90"))
+    assert str(caught.value) == "model qwen2.5-7b needs fp9, which no target provides\n  hint: did you mean fp8?"
+
+
+def test_variants_by_name(write_matrix):
+    assert list_ids({"variant": "llama3/q0f16/aarch64, tiny/q0f32/cpu"}) == [
+        "llama3/q0f16/aarch64",
+        "tiny/q0f32/x86-64-v4-vnni",
+    ]
+    recipes = write_matrix(AXES + "overrides: [{when: {model: tiny}, limits: {max_batch: 8}}]\n")
+    named = {"matrix": "m", "variant": "tiny/q0f32/x86-64-v4-vnni"}
+    assert make_variants(recipes, named, make_machine) == [
+        Variant("tiny", "q0f32", "x86-64-v4-vnni", (("max_batch", 8),))
+    ]
+    assert list_ids({**named, "source": "random"}, recipes) == ["tiny-random/q0f32/x86-64-v4-vnni"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "text"),
+    [
+        (
+            {"variant": "tiny/q0f16"},
+            "'tiny/q0f16' is not a variant\n  hint: variant=model/quantization/target, without globs",
+        ),
+        (
+            {"variant": "tiny/q0*/aarch64"},
+            "'tiny/q0*/aarch64' is not a variant\n  hint: variant=model/quantization/target, without globs",
+        ),
+        (
+            {"variant": "tiny/q4f16/aarch64"},
+            "unknown quantization 'q4f16'\n  hint: did you mean q4f16_1 or q0f16 or q4f32_1?",
+        ),
+        (
+            {"variant": "tiny/q0f16/aarch64", "model": "tiny"},
+            "variant= already names the model\n  hint: leave out model=",
+        ),
+        (
+            {"variant": "llama3/q0f16/aarch64", "matrix": "nightly"},
+            "unknown variant of the matrix 'llama3/q0f16/aarch64'\n  hint: did you mean llama3/q4f16_1/aarch64 or "
+            "llama3.2-1b/q4f16_1/aarch64 or tiny/q0f16/aarch64?",
+        ),
+    ],
+)
+def test_mistakes_in_variants_by_name(variables, text):
+    with pytest.raises(UnknownNameError) as caught:
+        list_ids(variables)
     assert str(caught.value) == text
 
 
