@@ -1,10 +1,11 @@
-"""doit's commands `diff` and `cache`.
+"""doit's commands `diff`, `cache` and `matrix`.
 
     doit diff A B                    two packages: folders, manifest.json files, or variants built here
     doit cache stat                  what the content store holds, and what of it is needed
     doit cache gc age=30d size=50GB  remove what nothing needs
     doit cache verify                hash everything anew
     doit cache pin PACKAGE           keep what a release was made of; doit cache unpin PACKAGE
+    doit matrix name=nightly format=github shards=16    the jobs of a CI service
 
 This module is imported by every doit command, so it imports nothing that takes time.
 """
@@ -12,6 +13,7 @@ This module is imported by every doit command, so it imports nothing that takes 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,6 +94,67 @@ class Cache(Command):
             return run_verb(store, verb, packages)
         except MlcbuildError as error:
             raise InvalidCommand(str(error)) from None
+
+
+class Matrix(Command):
+    """`doit matrix`: a matrix as the jobs of a CI service. See recipes/jobs.py."""
+
+    doc_purpose = "print a matrix as the jobs of a CI service"
+    doc_usage = "[name=nightly] format=github|gitlab [shards=N] [model=NAMES] [quantization=NAMES] [target=NAMES]"
+    doc_description = (
+        "format=github prints one line of JSON for `strategy: matrix: ${{ fromJSON(...) }}`, format=gitlab a child "
+        "pipeline whose jobs extend `.build` of ci/gitlab.yml; ci/github.yml and ci/gitlab.yml use them. Each job has "
+        "`arguments` for ./doit build and the `toolchain` (programs) that its targets need. shards (1 to 256) is how "
+        "many jobs there may be; without it there is one for each checkpoint, which is then fetched once. Variants of "
+        "one checkpoint stay together as far as the jobs' balance allows. What cannot be built is said on stderr, with "
+        "the reason. Exit code: 0, 3 for a mistake."
+    )
+    cmd_options = ({"name": "help", "long": "help", "type": bool, "default": False, "help": "show this text"},)
+
+    def execute(self, params: Any, args: list[str]) -> int:
+        """0, with the jobs on stdout."""
+        from doit import doit_cmd
+
+        from mlcbuild.errors import MlcbuildError
+
+        if params["help"]:
+            print(self.help())
+            return 0
+        if args:
+            raise InvalidCommand(f"doit matrix takes variables, not {args[0]}\n  hint: doit matrix --help")
+        try:
+            print_jobs(dict(doit_cmd._CMDLINE_VARS or {}))
+        except MlcbuildError as error:
+            raise InvalidCommand(str(error)) from None
+        return 0
+
+
+def print_jobs(variables: Mapping[str, str]) -> None:
+    """The jobs of a matrix on stdout; on stderr the variants that cannot be. Raises UnknownNameError, RecipeError."""
+    from mlcbuild.errors import UnknownNameError
+    from mlcbuild.graph.plan import list_conflicts
+    from mlcbuild.recipes.jobs import FORMATS, format_jobs, make_shards
+    from mlcbuild.recipes.load import load_recipes
+    from mlcbuild.recipes.matrix import AXES, make_variants
+    from mlcbuild.recipes.names import check_name
+
+    for variable in variables:
+        check_name("variable", variable, ("name", "format", "shards", *AXES))
+    form, shards = variables.get("format"), variables.get("shards")
+    if form is None:
+        raise UnknownNameError("doit matrix needs a format", hint="format=github or format=gitlab")
+    check_name("format", form, FORMATS)
+    if shards is not None and not shards.isdecimal():
+        raise UnknownNameError(f"shards={shards} is not a number", hint="shards=16")
+    name = variables.get("name", "nightly")
+    recipes = load_recipes(Path.cwd() / "recipes")
+    variants = make_variants(recipes, {"matrix": name, **{axis: variables[axis] for axis in AXES if axis in variables}})
+    skipped = list_conflicts(recipes, variants, whole=False)
+    for skip in skipped:
+        print(skip, file=sys.stderr)
+    left_out = {skip.variant for skip in skipped}
+    kept = [variant for variant in variants if variant.id not in left_out]
+    print(format_jobs(form, name, make_shards(recipes, kept, int(shards) if shards else None)))
 
 
 def check_arguments(args: list[str]) -> tuple[str, list[str]]:
