@@ -21,8 +21,9 @@ class Help(DoitHelp):
             return False
         from mlcbuild.graph.plan import get_plan
 
+        creator = f"task_{pos_args[0].replace('-', '_')}"
         for module in get_plan().modules:
-            if hasattr(module, f"task_{pos_args[0]}") and hasattr(module, "VARIABLES"):
+            if hasattr(module, creator) and hasattr(module, "VARIABLES"):
                 print(make_text(module))
         return True
 
