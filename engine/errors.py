@@ -83,3 +83,7 @@ class DoesNotFit(EngineError):
 
 class CannotListen(EngineError):
     """The server's address is taken, or not an address of this machine."""
+
+
+class ServerUnusable(EngineError):
+    """A server that is to be measured does not answer, or not as one that speaks OpenAI's protocol."""

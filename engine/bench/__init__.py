@@ -1,1 +1,1 @@
-"""Measuring the engine: how fast a package runs on this machine, beside what the machine's memory allows."""
+"""Measuring: a package beside what the machine's memory allows, and any OpenAI-compatible server under load."""
