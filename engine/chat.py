@@ -167,6 +167,9 @@ class Chat:
             ttft = "" if usage.ttft is None else f", first token after {usage.ttft:.3f} s"
             self.note(f"last reply: {usage.prompt_tokens} tokens in{ttft}, {describe_speed(usage)} out")
         self.note(f"all replies: {stats.prompt_tokens} tokens in, {stats.completion_tokens} tokens out")
+        if stats.guesses:
+            mean = stats.right_tokens / stats.guesses
+            self.note(f"guesses: {stats.right_tokens} of {stats.guessed_tokens} tokens right, {mean:.1f} at a time")
         self.note(f"KV cache: {stats.num_pages - stats.free_pages} of {stats.num_pages} pages in use")
 
 

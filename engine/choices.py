@@ -43,6 +43,8 @@ def add_usage(usages: Sequence[Usage]) -> Usage:
     return replace(
         usages[0],
         completion_tokens=sum(usage.completion_tokens for usage in usages),
+        guessed_tokens=sum(usage.guessed_tokens for usage in usages),
+        right_tokens=sum(usage.right_tokens for usage in usages),
         queued=pick(min, "queued"),
         ttft=pick(min, "ttft"),
         decoding=pick(max, "decoding"),

@@ -122,6 +122,7 @@ class Usage:
     """What one request took. Times in seconds; None until there is something to measure.
 
     `cached_tokens`: those of the prompt whose keys and values were in the prefix cache, so that they did not run.
+    `guessed_tokens` were guessed ahead; of these, `right_tokens` are in the reply, each of which saved a step.
     `queued`: arrival to first computed. `ttft`: arrival to first token. `decoding`: first to latest token.
     """
 
@@ -131,6 +132,8 @@ class Usage:
     ttft: float | None = None
     decoding: float | None = None
     cached_tokens: int = 0
+    guessed_tokens: int = 0
+    right_tokens: int = 0
 
     @property
     def total_tokens(self) -> int:

@@ -1,9 +1,9 @@
 """The loop: schedule -> run -> sample -> postprocess. Requests that reach it have been checked (engine/request.py).
 
-    engine = Engine(executor, tokenizer)
-    engine.add(request)
-    while engine.has_work:
-        for output in engine.step(): ...
+engine = Engine(executor, tokenizer)
+engine.add(request)
+while engine.has_work:
+    for output in engine.step(): ...
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.core import Batch, Limits, Output, Request, Stats, join_outputs
+from engine.batch import make_batch
+from engine.core import Limits, Output, Request, Stats, join_outputs
 from engine.errors import DeadlineExceeded, EngineError, InvalidRequest
 from engine.progress import Progress
 from engine.request import get_max_tokens
 from engine.runtime.executor import Executor
 from engine.sampling.sampler import pick_token
-from engine.scheduler.lookup import PromptLookup
 from engine.scheduler.policy import Chunk, Scheduler
+from engine.speculation import make_guesser
 from engine.text.tokenizer import Tokenizer
 
-GUESSES_PER_BATCH = 16  # over all sequences: with more rows, a batch on a processor takes longer than they save
 _log = logging.getLogger(__name__)
 
 
@@ -36,7 +36,8 @@ class Engine:
     A failure inside one sequence (unusable logits, text that cannot be decoded) ends that sequence with an error;
     an exception of the executor comes out of `step`, and the engine is then of no more use. `prefix_cache`: whether
     requests read the pages of earlier ones that begin alike. `draft_tokens`: how many tokens of a reply may be guessed
-    from its own text and checked in one batch; 0 = none. Neither ever changes what a request says.
+    and checked in one batch, from its own text or by the small model that `draft` holds; 0 = none. Neither ever changes
+    what a request says. Both executors are closed with the engine.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Engine:
         *,
         prefix_cache: bool = True,
         draft_tokens: int = 0,
+        draft: Executor | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._executor = executor
@@ -55,8 +57,7 @@ class Engine:
         self._clock = clock
         self._requests: dict[str, Progress] = {}
         self._deadlines: list[tuple[float, str]] = []  # a heap; those of requests that have ended may still be in it
-        self._draft_tokens = draft_tokens
-        self._lookups: dict[str, PromptLookup] = {}
+        self._guesser = make_guesser(self._scheduler, draft, draft_tokens)
         self._guesses = 0
         self._guessed_tokens = 0
         self._right_tokens = 0
@@ -110,8 +111,10 @@ class Engine:
         )
 
     def close(self) -> None:
-        """Release the executor."""
+        """Release the executors."""
         self._executor.close()
+        if self._guesser is not None:
+            self._guesser.close()
 
     def _end_late(self) -> list[Output]:
         """End the requests, running or waiting, whose deadline has passed."""
@@ -139,22 +142,7 @@ class Engine:
                 progress.start(now)
                 self._prompt_tokens += len(progress.request.prompt_tokens)
                 self._cached_tokens += chunk.sequence.cached or 0
-        return self._guess(chunks) if self._draft_tokens else chunks
-
-    def _guess(self, chunks: list[Chunk]) -> list[Chunk]:
-        """Add guesses to the chunks of one token, first come first served, as far as the batch has room."""
-        room = min(self._scheduler.get_guess_room(chunks), GUESSES_PER_BATCH)
-        for index, chunk in enumerate(chunks):
-            if room <= 0 or chunk.count > 1 or not chunk.samples:
-                break
-            sequence = chunk.sequence
-            lookup = self._lookups.get(sequence.request_id)
-            if lookup is None:
-                lookup = self._lookups[sequence.request_id] = PromptLookup(sequence.tokens, self._draft_tokens)
-            if guesses := lookup.guess(room):
-                chunks[index] = self._scheduler.attach(chunk, guesses)
-                room -= len(chunks[index].guesses)
-        return chunks
+        return chunks if self._guesser is None else self._guesser.extend(chunks, self._requests)
 
     def _run(self, chunks: Sequence[Chunk]) -> NDArray[np.float32]:
         logits = self._executor.run(make_batch(chunks))
@@ -192,20 +180,21 @@ class Engine:
             first = last
         return outputs
 
-    def _check_guesses(
-        self, progress: Progress, chunk: Chunk, logits: NDArray[np.float32], output: Output
-    ) -> Output:
+    def _check_guesses(self, progress: Progress, chunk: Chunk, logits: NDArray[np.float32], output: Output) -> Output:
         """Go on sampling as long as the token before was guessed: only then do its logits belong to this text."""
         right, now = 0, self._clock()
+        progress.guessed += len(chunk.guesses)
         for guess, row in zip(chunk.guesses, logits, strict=True):
             if output.finish_reason is not None or output.token_ids[-1] != guess:
                 break
             right += 1
+            progress.right += 1
             output = join_outputs(output, self._accept(progress, self._sample(progress, row), now))
         self._guesses += 1
         self._guessed_tokens += len(chunk.guesses)
         self._right_tokens += right
-        self._lookups[chunk.sequence.request_id].learn(len(chunk.guesses), right)
+        assert self._guesser is not None
+        self._guesser.learn(chunk, right)
         if output.finish_reason is None and right:
             self._scheduler.advance(Chunk(chunk.sequence, chunk.sequence.computed, right, samples=False))
         return output
@@ -227,34 +216,6 @@ class Engine:
     def _end(self, progress: Progress, last: Output) -> Output:
         self._scheduler.remove(progress.sequence)
         del self._requests[progress.request.request_id]
-        self._lookups.pop(progress.request.request_id, None)
+        if self._guesser is not None:
+            self._guesser.forget(progress.request.request_id)
         return last
-
-
-def make_batch(chunks: Sequence[Chunk]) -> Batch:
-    """The arrays that the executor takes, one row for each chunk; guesses run behind the tokens of theirs."""
-    counts = np.array([c.count + len(c.guesses) for c in chunks], np.int32)
-    width = max(len(c.sequence.pages) for c in chunks)
-    page_table = np.zeros((len(chunks), width), np.int32)
-    tokens: list[int] = []
-    positions: list[int] = []
-    wanted: list[int] = []
-    for row, chunk in enumerate(chunks):
-        sequence, start, stop = chunk.sequence, chunk.start, chunk.start + chunk.count
-        page_table[row, : len(sequence.pages)] = sequence.pages
-        if chunk.count == 1 and chunk.samples and not chunk.guesses:  # nearly all of them
-            wanted.append(len(tokens))
-            tokens.append(sequence.tokens[start])
-            positions.append(start)
-            continue
-        wanted += [len(tokens) + offset for offset in chunk.wanted]
-        tokens += sequence.tokens[start:stop]
-        tokens += chunk.guesses
-        positions += range(start, stop + len(chunk.guesses))
-    return Batch(
-        tokens=np.array(tokens, np.int32),
-        positions=np.array(positions, np.int32),
-        rows=np.repeat(np.arange(len(chunks), dtype=np.int32), counts),
-        page_table=page_table,
-        logit_rows=np.array(wanted, np.int32),
-    )

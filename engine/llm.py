@@ -30,7 +30,8 @@ class LLM:
 
     `mode` (local, interactive, server), `kv_tokens` and `memory_fraction` decide how many requests run at once and how
     large the KV cache is: see engine.runtime.memory. `prefix_cache`: whether requests read what earlier ones that
-    begin alike have computed. `draft_tokens`: how many tokens may be guessed from the text itself, 0 = none.
+    begin alike have computed. `draft_tokens`: how many tokens may be guessed ahead, from the text itself or by the
+    small model in the package `draft`; 0 = none.
     `queue_limit` is the number of requests that may wait. All requests run together: start several with `stream`, then
     read each.
     Raises PackageInvalid for a package that this machine cannot run, DoesNotFit when its memory is too small.
@@ -45,10 +46,12 @@ class LLM:
         memory_fraction: float = 0.85,
         prefix_cache: bool = True,
         draft_tokens: int = 0,
+        draft: str | Path | None = None,
         queue_limit: int = DEFAULT_QUEUE_LIMIT,
     ) -> None:
         budget = Budget(mode, kv_tokens, memory_fraction)
-        make = make_package_engine(Path(path), budget, prefix_cache=prefix_cache, draft_tokens=draft_tokens)
+        guessing: Any = {"draft_tokens": draft_tokens, "draft": None if draft is None else Path(draft)}
+        make = make_package_engine(Path(path), budget, prefix_cache=prefix_cache, **guessing)
         self.thread = EngineThread(make, queue_limit=queue_limit)
         self._finalizer = weakref.finalize(self, self.thread.close)
 
@@ -107,18 +110,27 @@ class LLM:
 
 
 def make_package_engine(
-    path: Path, budget: Budget, *, prefix_cache: bool = True, draft_tokens: int = 0
+    path: Path,
+    budget: Budget,
+    *,
+    prefix_cache: bool = True,
+    draft_tokens: int = 0,
+    draft: Path | None = None,
 ) -> Callable[[], Engine]:
     """What EngineThread takes: a function that opens the package, on the thread that calls it, and loads TVM."""
 
     def make() -> Engine:
         from engine.artifact import open_package
+        from engine.runtime.pair import load_pair
         from engine.runtime.tvm_executor import TvmExecutor
 
         package = open_package(path)
         tokenizer = load_tokenizer(package.root)
-        executor = TvmExecutor(package, budget)
-        return Engine(executor, tokenizer, prefix_cache=prefix_cache, draft_tokens=draft_tokens)
+        if draft is None or not draft_tokens:
+            executor, small = TvmExecutor(package, budget), None
+        else:
+            executor, small = load_pair(package, open_package(draft), budget)
+        return Engine(executor, tokenizer, prefix_cache=prefix_cache, draft_tokens=draft_tokens, draft=small)
 
     return make
 

@@ -39,19 +39,22 @@ def load_model(
     name: str = "",
     prefix_cache: bool = True,
     draft_tokens: int = 0,
+    draft: Path | None = None,
     queue_limit: int = DEFAULT_QUEUE_LIMIT,
 ) -> LoadedModel:
     """Open the package in folder `path` and start its engine.
 
-    `name` defaults to the model part of the variant; `budget` says what memory it may take. Raises PackageInvalid for a
-    package that this machine cannot run, DoesNotFit when its memory is too small.
+    `name` defaults to the model part of the variant; `budget` says what memory it may take. `draft`: the package
+    of a small model that guesses up to `draft_tokens` ahead; without it, they are guessed from the text. Raises
+    PackageInvalid for a package that this machine cannot run, InvalidSetting for a draft that does not go with it,
+    DoesNotFit when memory is too small.
     """
     package = open_package(path)
     variant = package.manifest.variant
     defaults = load_defaults(package)
     chat = package.manifest.recipes["model"]["chat"]
     shape = None if chat["tool_format"] is None else load_shape(chat["tool_format"])
-    make = make_package_engine(path, budget, prefix_cache=prefix_cache, draft_tokens=draft_tokens)
+    make = make_package_engine(path, budget, prefix_cache=prefix_cache, draft_tokens=draft_tokens, draft=draft)
     engine = EngineThread(make, queue_limit=queue_limit)
     name = name or variant.split("/")[0]
     return LoadedModel(name, variant, int(time.time()), engine, defaults, shape, chat["reasoning"])

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.core import FinishReason, Output, Request, TokenLogprob, Usage
-from engine.errors import EngineError
+from engine.core import FinishReason, Output, Request, SamplingParams, TokenLogprob, Usage
+from engine.errors import EngineError, InvalidRequest
+from engine.sampling.grammar import Constraint
 from engine.sampling.logprobs import LogprobQueue, make_logprob
 from engine.sampling.penalties import Penalties
-from engine.sampling.sampler import make_generator
+from engine.sampling.sampler import fork_generator, make_generator, pick_token
 from engine.scheduler.policy import Sequence
 from engine.text.stream import TextStream
 from engine.text.tokenizer import Tokenizer
@@ -37,6 +40,8 @@ class Progress:
             self._end_tokens |= tokenizer.end_tokens
         self._max_tokens = max_tokens
         self._count = 0
+        self.guessed = 0  # tokens, by whoever guesses
+        self.right = 0
         self._started: float | None = None
         self._first: float | None = None
         self._latest: float | None = None
@@ -45,6 +50,17 @@ class Progress:
     def started(self) -> bool:
         """Some of the prompt has run."""
         return self._started is not None
+
+    @property
+    def room(self) -> int:
+        """Tokens that may still come after the next one."""
+        return self._max_tokens - self._count - 1
+
+    def look_ahead(self) -> Outlook:
+        """What would pick the next tokens if some model's logits were ours."""
+        constraint = None if self._constraint is None else self._constraint.fork()
+        generator = fork_generator(self.generator)
+        return Outlook(self.request.params, self._end_tokens, self._penalties.fork(), constraint, generator)
 
     def start(self, now: float) -> None:
         """The first tokens are about to run."""
@@ -120,4 +136,35 @@ class Progress:
             ttft=since(arrival, self._first),
             decoding=since(self._first, self._latest) if self._count > 1 else None,
             cached_tokens=self.sequence.cached or 0,
+            guessed_tokens=self.guessed,
+            right_tokens=self.right,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """A copy of all that decides which token follows some logits; what it picks changes nothing but itself."""
+
+    params: SamplingParams
+    end_tokens: frozenset[int]
+    penalties: Penalties
+    constraint: Constraint | None
+    generator: np.random.Generator
+
+    def pick(self, logits: NDArray[np.float32]) -> int | None:
+        """The next token after logits [vocab]; None where the reply ends or no token can be had of them."""
+        try:
+            logits = self.penalties.apply(logits)
+            if self.constraint is not None:
+                if self.constraint.finished:
+                    return None
+                logits = self.constraint.mask(logits)
+            token = pick_token(logits, self.params, self.generator)
+            if token in self.end_tokens:
+                return None
+            self.penalties.accept(token)
+            if self.constraint is not None:
+                self.constraint.accept(token)
+        except (InvalidRequest, ValueError):  # logits that are not numbers; a grammar that is too complex
+            return None
+        return token

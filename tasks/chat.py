@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.interrupts import end_on_signal
-from engine.server.settings import ChatSettings, get_texts, load_settings
+from engine.server.settings import ChatSettings, get_guessing, get_texts, load_settings
 from mlcbuild.graph.plan import make_package_task
 from mlcbuild.recipes.matrix import VARIABLES as SELECTION
 
@@ -38,6 +38,7 @@ def run_terminal(package: Path, variables: Mapping[str, str]) -> None:
         from engine.model import load_model
         from engine.runtime.memory import Budget
 
-        model = load_model(package, Budget(settings.mode, settings.kv_tokens or None, settings.memory_fraction))
+        budget = Budget(settings.mode, settings.kv_tokens or None, settings.memory_fraction)
+        model = load_model(package, budget, **get_guessing(settings))
         with contextlib.closing(model.engine):
             run_chat(model, settings)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.interrupts import end_on_signal
-from engine.server.settings import ServerSettings, get_texts, load_settings
+from engine.server.settings import ServerSettings, get_guessing, get_texts, load_settings
 from mlcbuild.graph.plan import make_package_task
 from mlcbuild.recipes.matrix import VARIABLES as SELECTION
 
@@ -43,7 +43,7 @@ def run_serve(package: Path, variables: Mapping[str, str]) -> None:
             Budget(settings.mode, settings.kv_tokens or None, settings.memory_fraction),
             name=settings.model_name,
             prefix_cache=bool(settings.prefix_cache),
-            draft_tokens=settings.draft_tokens,
+            **get_guessing(settings),
             queue_limit=settings.max_queue,
         )
         run_server(load, settings, functools.partial(print, flush=True))

@@ -11,8 +11,8 @@ Always less than what fits: a fraction of the memory that is free, without the w
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -58,18 +58,23 @@ def make_library_limits(library: Library) -> Limits:
     return _make_limits(library, library.limits.max_batch, max(library.limits.context_window, CONTEXT_AT_LEAST))
 
 
-def make_limits(library: Library, weight_bytes: int, budget: Budget, free_bytes: int) -> Limits:
-    """Limits within `budget` on a machine with `free_bytes`.
+def make_limits(
+    library: Library, weight_bytes: int, budget: Budget, free_bytes: int, *, draft: Library | None = None
+) -> Limits:
+    """Limits within `budget` on a machine with `free_bytes`. `weight_bytes` are those of `draft` too, if there is one.
 
+    A draft model has a page for every page of the large one, and takes its batches.
     Raises DoesNotFit when what was asked for does not fit, or when not even one chunk of a prompt does.
     """
-    fits = _count_fitting(library, weight_bytes, budget.memory_fraction, free_bytes)
+    both = (library,) if draft is None else (library, draft)
+    fits = _count_fitting(both, weight_bytes, budget.memory_fraction, free_bytes)
     batch = _get_batch(library, budget.mode)
     most = budget.kv_tokens or _get_tokens(library, budget.mode)
     least = budget.kv_tokens or min(library.limits.prefill_chunk, most)
     if fits < least:
-        raise _make_refusal(library, weight_bytes, budget, free_bytes, least, fits)
-    return _make_limits(library, batch, most if budget.kv_tokens else min(most, fits))
+        raise _make_refusal(both, weight_bytes, budget, free_bytes, least, fits)
+    limits = _make_limits(library, batch, most if budget.kv_tokens else min(most, fits))
+    return replace(limits, prefill_chunk=min(one.limits.prefill_chunk for one in both))
 
 
 def get_free_memory() -> int:
@@ -93,16 +98,16 @@ def _get_tokens(library: Library, mode: str) -> int:
     return min(tokens, LOCAL_TOKENS) if mode == "local" else tokens
 
 
-def _get_workspace(library: Library) -> int:
-    """The greatest of all functions, twice: results of one call live while the next one runs."""
-    return 2 * max(library.memory.values(), default=0)
+def _get_workspace(libraries: Sequence[Library]) -> int:
+    """The greatest of all functions, twice: results of one call live while the next one runs. Of each model."""
+    return sum(2 * max(library.memory.values(), default=0) for library in libraries)
 
 
-def _count_fitting(library: Library, weight_bytes: int, fraction: float, free_bytes: int) -> int:
+def _count_fitting(libraries: Sequence[Library], weight_bytes: int, fraction: float, free_bytes: int) -> int:
     """Positions, whole pages, that fit beside weights and workspace."""
-    left = int(free_bytes * fraction) - weight_bytes - _get_workspace(library)
-    page = library.kv.page_size
-    return max(0, left) // get_token_bytes(library) // page * page
+    left = int(free_bytes * fraction) - weight_bytes - _get_workspace(libraries)
+    page = libraries[0].kv.page_size
+    return max(0, left) // sum(map(get_token_bytes, libraries)) // page * page
 
 
 def _make_limits(library: Library, batch: int, tokens: int) -> Limits:
@@ -119,10 +124,11 @@ def _make_limits(library: Library, batch: int, tokens: int) -> Limits:
 
 
 def _make_refusal(
-    library: Library, weight_bytes: int, budget: Budget, free_bytes: int, tokens: int, fits: int
+    libraries: Sequence[Library], weight_bytes: int, budget: Budget, free_bytes: int, tokens: int, fits: int
 ) -> DoesNotFit:
     """What is missing, and the three settings that one could change, each with the value that it would need."""
-    workspace, cache = _get_workspace(library), tokens * get_token_bytes(library)
+    library = libraries[0]
+    workspace, cache = _get_workspace(libraries), tokens * sum(map(get_token_bytes, libraries))
     needed = weight_bytes + workspace + cache
     fraction = -(-100 * needed // max(free_bytes, 1)) / 100
     smallest = min(MODES, key=lambda mode: _get_tokens(library, mode))

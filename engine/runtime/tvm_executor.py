@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.artifact import Library, Package, load_weights_index
-from engine.core import Batch
+from engine.core import Batch, Limits
 from engine.errors import PackageInvalid
 from engine.runtime.memory import Budget, get_free_memory, make_library_limits, make_limits
 
@@ -29,11 +29,19 @@ class TvmExecutor:
     """Runs batches on a CPU package; see engine.runtime.executor.Executor.
 
     `budget` decides what it may hold; None: all that the library takes, and pages for one full context (at least 8,192
-    positions). Raises PackageInvalid for a library that is not what its manifest says or that this executor cannot
-    drive, and DoesNotFit for a budget that this machine's memory does not allow.
+    positions). `limits`, those of another executor, decide instead for a draft model; `draft` is counted in the budget
+    of the model that it drafts for. Raises PackageInvalid for a library that is not what its manifest says or that this
+    executor cannot drive, and DoesNotFit for a budget that this machine's memory does not allow.
     """
 
-    def __init__(self, package: Package, budget: Budget | None = None) -> None:
+    def __init__(
+        self,
+        package: Package,
+        budget: Budget | None = None,
+        *,
+        limits: Limits | None = None,
+        draft: Package | None = None,
+    ) -> None:
         os.environ.setdefault("TVM_NUM_THREADS", str(count_cores()))  # read once; TVM alone would take half
         from tvm import relax, runtime
 
@@ -49,10 +57,7 @@ class TvmExecutor:
         self._functions = {name: self._machine[name] for name in ("embed", "batch_prefill", "batch_decode")}
         self._weights = _map_weights(package)
         self._params = [runtime.from_dlpack(self._weights[p.name]) for p in library.params]
-        if budget is None:
-            self.limits = make_library_limits(library)
-        else:
-            self.limits = make_limits(library, self.weight_bytes, budget, get_free_memory())
+        self.limits: Limits = limits or self._make_limits(library, budget, draft)
         kv = library.kv
         shape = (kv.layers, self.limits.num_pages, 2, kv.kv_heads, kv.page_size, kv.head_dim)
         self._pages: NDArray[Any] | None = make_aligned(shape, np.dtype(kv.dtype))
@@ -95,6 +100,16 @@ class TvmExecutor:
         """Release the weights and pages; the executor cannot be used afterwards."""
         self._functions, self._params, self._weights = {}, [], {}
         self._kv = self._pages = self._machine = None
+
+    def _make_limits(self, library: Library, budget: Budget | None, draft: Package | None) -> Limits:
+        if budget is None:
+            return make_library_limits(library)
+        if draft is None:
+            return make_limits(library, self.weight_bytes, budget, get_free_memory())
+        beside = {param.name for param in draft.manifest.library.params}
+        weights = sum(record.nbytes for record in load_weights_index(draft.root) if record.name in beside)
+        both = self.weight_bytes + weights
+        return make_limits(library, both, budget, get_free_memory(), draft=draft.manifest.library)
 
     def _put(self, values: Any) -> Any:
         return self._runtime.tensor(np.ascontiguousarray(values, dtype=np.int32))

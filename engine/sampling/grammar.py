@@ -81,6 +81,10 @@ class Constraint:
         allowed[:count] = bits[:count]
         return np.where(allowed, logits, np.float32(-np.inf))
 
+    def fork(self) -> Constraint:
+        """A copy that goes its own way from here; takes microseconds."""
+        return Constraint(self._matcher.deep_copy())
+
     def accept(self, token: int) -> None:
         """The reply goes on with `token`, an end token included."""
         self._matcher.consume_token(token)

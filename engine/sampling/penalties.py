@@ -11,6 +11,7 @@ OpenAI's two count what was sampled, not the prompt, as in its API and in vLLM.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 
 import numpy as np
@@ -36,6 +37,10 @@ class Penalties:
         if self._repeats:
             for token in prompt_tokens:
                 self._get_slot(token)
+
+    def fork(self) -> Penalties:
+        """A copy that goes its own way from here; itself where nothing can change."""
+        return copy.deepcopy(self) if self._repeats or self._counts_matter else self
 
     def accept(self, token: int) -> None:
         """The reply has got another token."""

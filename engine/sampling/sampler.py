@@ -8,6 +8,7 @@ up to 0.3 ms, with top-p 0.3 to 0.5 ms, with typical-p 4 ms; almost flat logits 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,13 @@ BLOCK = 512  # weights summed together in the first level of a draw
 def make_generator(params: SamplingParams) -> np.random.Generator:
     """The generator of one request; draws one number for each token that is not greedy."""
     return np.random.default_rng(None if params.seed is None else params.seed % 2**64)
+
+
+def fork_generator(generator: np.random.Generator) -> np.random.Generator:
+    """One that draws the same numbers from here on; 20 us, where a deep copy takes 50."""
+    bits = np.random.PCG64(0)
+    bits.state = cast(Any, generator.bit_generator.state)
+    return np.random.Generator(bits)
 
 
 def pick_token(logits: NDArray[np.float32], params: SamplingParams, generator: np.random.Generator) -> int:

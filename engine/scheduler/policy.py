@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from engine.core import Limits
 from engine.scheduler.blocks import PageAllocator
@@ -29,10 +29,11 @@ class Sequence:
 
     The first pages are those of `nodes`, shared through the prefix cache; the others are its own. `cached`: tokens
     that the cache had when the sequence first started. `rank`: priority (smaller runs sooner), then arrival. `scored`:
-    logits are wanted of so many of its first tokens too, so that it takes nothing from the cache.
+    logits are wanted of so many of its first tokens too, so that it takes nothing from the cache. `lag`: tokens at the
+    end of those computed that a draft model, which shares the pages, has not run; nobody else may read them yet.
     """
 
-    __slots__ = ("cached", "computed", "nodes", "pages", "rank", "request_id", "scored", "tokens")
+    __slots__ = ("cached", "computed", "lag", "nodes", "pages", "rank", "request_id", "scored", "tokens")
 
     def __init__(self, request_id: str, tokens: Iterable[int], priority: int = 0, scored: int = 0) -> None:
         self.request_id = request_id
@@ -40,6 +41,7 @@ class Sequence:
         self.pages: list[int] = []
         self.nodes: list[Node] = []
         self.computed = 0
+        self.lag = 0
         self.cached: int | None = None
         self.rank = (priority, 0)
         self.scored = scored
@@ -159,20 +161,19 @@ class Scheduler:
         """Tokens that this batch could take besides `chunks`."""
         return self._limits.prefill_chunk - sum(chunk.count + len(chunk.guesses) for chunk in chunks)
 
-    def attach(self, chunk: Chunk, guesses: tuple[int, ...]) -> Chunk:
-        """The chunk with as many of `guesses` as the context and the pages hold; a page is taken if many are free."""
-        sequence, size = chunk.sequence, self._limits.page_size
-        length = len(sequence.tokens)
-        guesses = guesses[: self._limits.context_window - length]
-        if length + len(guesses) > len(sequence.pages) * size and self.num_free_pages > 2 * len(self._running):
+    def reserve(self, sequence: Sequence, count: int) -> int:
+        """How many of `count` guesses the context and the pages hold; a page is taken if many are free."""
+        size, length = self._limits.page_size, len(sequence.tokens)
+        count = min(count, self._limits.context_window - length)
+        if length + count > len(sequence.pages) * size and self.num_free_pages > 2 * len(self._running):
             sequence.pages += self._take(1, sequence.pages[-1])
-        return replace(chunk, guesses=guesses[: len(sequence.pages) * size - length])
+        return min(count, len(sequence.pages) * size - length)
 
     def advance(self, chunk: Chunk) -> None:
         """Record that a chunk has run. Pages that it has filled are the prefix cache's from now on."""
         sequence, size = chunk.sequence, self._limits.page_size
         sequence.computed += chunk.count
-        for index in range(len(sequence.nodes), sequence.computed // size):
+        for index in range(len(sequence.nodes), (sequence.computed - sequence.lag) // size):
             above = sequence.nodes[-1] if sequence.nodes else None
             tokens = sequence.tokens[index * size : (index + 1) * size]
             node = self._cache.insert(above, tokens, sequence.pages[index])
@@ -253,7 +254,7 @@ class Scheduler:
         self._allocator.free(sequence.pages[len(sequence.nodes) :])
         self._cache.leave(sequence.nodes)
         sequence.pages, sequence.nodes = [], []
-        sequence.computed = 0
+        sequence.computed = sequence.lag = 0
 
     def _missing(self, sequence: Sequence) -> int:
         return -(-len(sequence.tokens) // self._limits.page_size) - len(sequence.pages)

@@ -13,6 +13,7 @@ from engine.reply import AsyncReply
 from engine.server.protocol.chat import (
     ChatCompletion,
     Choice,
+    CompletionTokensDetails,
     ContentLogprob,
     LikelyToken,
     Logprobs,
@@ -35,6 +36,10 @@ def make_usage(usage: core.Usage) -> Usage:
         completion_tokens=usage.completion_tokens,
         total_tokens=usage.total_tokens,
         prompt_tokens_details=PromptTokensDetails(cached_tokens=usage.cached_tokens),
+        completion_tokens_details=CompletionTokensDetails(
+            accepted_prediction_tokens=usage.right_tokens,
+            rejected_prediction_tokens=usage.guessed_tokens - usage.right_tokens,
+        ),
     )
 
 

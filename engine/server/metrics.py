@@ -127,6 +127,9 @@ class EngineState(Collector):
             "prefix_cache_queries": ("Tokens that were looked for in the prefix cache", stats.prompt_tokens),
             "prefix_cache_hits": ("Tokens that were found there", stats.cached_tokens),
             "prefix_cache_evictions": ("Pages that it had to forget", stats.evictions),
+            "spec_drafts": ("Batches in which tokens of a sequence were guessed", stats.guesses),
+            "spec_draft_tokens": ("Tokens that were guessed", stats.guessed_tokens),
+            "spec_accepted_tokens": ("Tokens that were guessed rightly", stats.right_tokens),
             "preemptions": ("Requests that gave their pages back to be computed anew", stats.preemptions),
         }
         for name, (text, value) in counters.items():

@@ -24,6 +24,10 @@ from engine.errors import InvalidSetting
 PREFIX = "MLCBUILD_"
 
 
+SPECULATIVE = "guess tokens ahead: lookup = from the text itself, draft = by a small model; default: draft if given"
+DRAFT = "the small model: a recipe, built as the large one is, e.g. tiny-draft; or a package's folder, with a /"
+
+
 def _setting(default: Any, text: str) -> Any:
     """A dataclass field that knows what it does."""
     return field(default=default, metadata={"text": text})
@@ -42,7 +46,9 @@ class ServerSettings:
     kv_tokens: int = _setting(0, "tokens that the KV cache holds, over all requests; 0 = what the mode says")
     memory_fraction: float = _setting(0.85, "of the free memory, what the engine may take at most")
     prefix_cache: int = _setting(1, "1 = prompts that begin as earlier ones did re-use their pages; 0 = off")
-    draft_tokens: int = _setting(0, "tokens guessed ahead where a reply repeats earlier text; 0 = off")
+    speculative: str = _setting("", SPECULATIVE)
+    draft: str = _setting("", DRAFT)
+    draft_tokens: int = _setting(6, "tokens guessed ahead at most, when speculative is on")
     api_key: str = _setting("", "keys, with commas between them; clients must send one of them for all but /health")
     api_key_file: str = _setting("", "file with more keys, one a line; lines that start with # are comments")
     cors: str = _setting("", "origins whose web pages may ask, with commas between them; * = all; default: none")
@@ -65,8 +71,12 @@ class ChatSettings:
     mode: str = _setting("interactive", "interactive = one full context; local = less memory")
     kv_tokens: int = _setting(0, "tokens that the KV cache holds; 0 = what the mode says")
     memory_fraction: float = _setting(0.85, "of the free memory, what the engine may take at most")
+    speculative: str = _setting("", SPECULATIVE)
+    draft: str = _setting("", DRAFT)
+    draft_tokens: int = _setting(6, "tokens guessed ahead at most, when speculative is on")
 
 
+METHODS = ("off", "lookup", "draft")
 S = TypeVar("S", ServerSettings, ChatSettings)
 
 # Least and greatest value of a setting; the engine checks the sampling ones.
@@ -75,7 +85,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "max_queue": (0, 1_000_000),
     "kv_tokens": (0, 1 << 40),
     "prefix_cache": (0, 1),
-    "draft_tokens": (0, 16),
+    "draft_tokens": (1, 16),
     "max_tokens": (0, 1 << 40),
     "max_body_bytes": (1024, 1 << 30),
     "max_prompt_chars": (1, 1 << 30),
@@ -142,6 +152,19 @@ def get_texts(kind: type[ServerSettings] | type[ChatSettings]) -> dict[str, str]
         default = "" if known.default == "" else f" (default {known.default})"
         texts[known.name] = f"{known.metadata['text']}{default}"
     return texts
+
+
+def get_guessing(settings: ServerSettings | ChatSettings) -> dict[str, Any]:
+    """The arguments `draft_tokens` and `draft` of load_model. Raises InvalidSetting where the settings do not fit."""
+    method = settings.speculative or ("draft" if settings.draft else "off")
+    if method not in METHODS:
+        raise InvalidSetting(f"speculative={method}: there is no such way to guess", hint=f"give {', '.join(METHODS)}")
+    if (method == "draft") != bool(settings.draft):
+        has = f"draft={settings.draft}" if settings.draft else "no draft"
+        hint = "give draft=tiny-draft or another small model" if method == "draft" else "leave one of them out"
+        raise InvalidSetting(f"speculative={method} with {has}", hint=hint)
+    draft = Path(settings.draft) if settings.draft else None
+    return {"draft_tokens": 0 if method == "off" else settings.draft_tokens, "draft": draft}
 
 
 def split_list(text: str) -> list[str]:

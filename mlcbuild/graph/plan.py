@@ -27,7 +27,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -118,7 +118,8 @@ class Skip:
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What this invocation of doit is about: `builds` have tasks, `selected` are those that the variables name, less
-    what a matrix has and this machine cannot build: `skipped`."""
+    what a matrix has and this machine cannot build: `skipped`. `draft`: what the variable of that name stands for, a
+    small model for the one that is selected."""
 
     root: Path
     recipes: Recipes
@@ -128,6 +129,7 @@ class Plan:
     modules: tuple[ModuleType, ...]
     actions: Mapping[str, Action]
     skipped: tuple[Skip, ...] = ()
+    draft: Build | None = None
 
 
 _plans: list[Plan] = []
@@ -183,8 +185,11 @@ def load_plan(root: Path, variables: Mapping[str, str]) -> Plan:
         selected = [build for build in selected if build.id not in {skip.variant for skip in missing}]
         skipped += missing
     builds = selected if asked else [*selected, *list_other_builds(recipes, machine, {build.id for build in selected})]
-    plan = Plan(root, recipes, variables, tuple(builds), tuple(selected), modules, {})
-    return Plan(root, recipes, variables, plan.builds, plan.selected, modules, collect_actions(plan), tuple(skipped))
+    draft = make_draft_build(recipes, machine, selected, variables.get("draft", ""))
+    if draft is not None and draft.id not in {build.id for build in builds}:
+        builds = [*builds, draft]
+    plan = Plan(root, recipes, variables, tuple(builds), tuple(selected), modules, {}, tuple(skipped), draft)
+    return replace(plan, actions=collect_actions(plan))
 
 
 def load_task_modules(root: Path) -> tuple[ModuleType, ...]:
@@ -226,6 +231,20 @@ def list_conflicts(recipes: Recipes, variants: Sequence[Variant], *, whole: bool
             f"{first.variant} cannot be built: {first.reason}", hint="name another target or quantization"
         )
     return found
+
+
+def make_draft_build(
+    recipes: Recipes, machine: LazyMachine, selected: Sequence[Build], name: str
+) -> Build | None:
+    """The model recipe `name`, quantized and compiled as the only selected one; None for a folder, or without a name.
+
+    Raises UnknownNameError for what is neither.
+    """
+    if not name or "/" in name or len(selected) != 1:
+        return None
+    like = selected[0].variant
+    asked = {"model": name, "quantization": like.quantization, "target": like.target}
+    return make_build(make_variants(recipes, asked)[0], recipes, machine)
 
 
 def list_skipped(builds: Sequence[Build]) -> list[Skip]:
@@ -307,14 +326,19 @@ def get_purpose(module: ModuleType) -> str:
 def make_package_task(run: Callable[[Path, Mapping[str, str]], None]) -> dict[str, Any]:
     """A doit task that builds the selected variant and calls `run(package, variables)`: for serve, chat and the like.
 
-    `run` is a module-level function; `package` is an absolute path. An error that carries a hint ends doit with exit 1
+    `run` is a module-level function; `package` is an absolute path, and so is variables["draft"] where that names a
+    recipe, which is built too. An error that carries a hint ends doit with exit 1
     and no traceback.
     """
     plan = get_plan()
     packages = [str(plan.root / build.package) for build in plan.selected]
+    variables, needed = dict(plan.variables), list(plan.selected)
+    if plan.draft is not None:
+        variables["draft"] = str(plan.root / plan.draft.package)
+        needed.append(plan.draft)
     return {
-        "actions": [(call, [run_on_package, run, packages, dict(plan.variables)])],
-        "task_dep": [build.task for build in plan.selected] if len(packages) == 1 else [],
+        "actions": [(call, [run_on_package, run, packages, variables])],
+        "task_dep": [build.task for build in needed] if len(packages) == 1 else [],
         "uptodate": [False],
         "verbosity": 2,
         "io": {"capture": False},

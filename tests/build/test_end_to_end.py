@@ -65,10 +65,12 @@ def test_another_checkout_restores_the_same_bytes(project, store, tmp_path):
     assert ours == theirs
 
 
-def test_chat_answers_a_pipe(project, store):
+@pytest.mark.parametrize("variables", [(), ("draft=tiny-draft",)])
+def test_chat_answers_a_pipe(project, store, variables):
+    """A draft model is built first, and changes nothing."""
     environment = {**os.environ, "PYTHONPATH": str(project), "MLCBUILD_STORE": str(store), "TVM_NUM_THREADS": "2"}
     done = subprocess.run(
-        [sys.executable, "-m", "doit", "chat"],
+        [sys.executable, "-m", "doit", "chat", *variables],
         cwd=project,
         env=environment,
         input=f"{QUESTION}\n/exit\n",
@@ -78,6 +80,7 @@ def test_chat_answers_a_pipe(project, store):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert ANSWER in done.stdout
+    assert ("verify    tiny-draft" in done.stdout) == bool(variables)
 
 
 @pytest.fixture

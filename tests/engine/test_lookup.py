@@ -14,7 +14,8 @@ from test_prefix import limits, play, traffic
 from engine.core import Limits, Output
 from engine.engine import Engine
 from engine.runtime.fake import FakeExecutor, Model, make_scripted_model
-from engine.scheduler.lookup import LONGEST_PAUSE, PromptLookup
+from engine.scheduler.lookup import PromptLookup
+from engine.scheduler.pace import LONGEST_PAUSE, Pace
 
 
 def make_repetitive_model(vocab_size: int) -> Model:
@@ -99,33 +100,39 @@ def test_a_quotation_takes_few_batches() -> None:
 
 
 def test_a_guess_is_what_followed_last_time() -> None:
-    lookup = PromptLookup([1, 2, 3, 4, 5, 6, 1, 2, 3], longest=8)
-    assert lookup.guess(8) == (4, 5)
+    lookup = PromptLookup([1, 2, 3, 4, 5, 6, 1, 2, 3])
+    assert lookup.guess(2) == (4, 5)
     assert lookup.guess(1) == (4,)
-    lookup.learn(2, 2)
-    assert lookup.guess(8) == (4, 5, 6, 1)
-    lookup.learn(4, 1)
-    assert lookup.guess(8) == (4,)
-    assert PromptLookup([1, 2, 3, 4], longest=8).guess(8) == ()
-    assert PromptLookup([1, 2], longest=8).guess(8) == ()
-    assert PromptLookup([], longest=8).guess(8) == ()
+    assert lookup.guess(4) == (4, 5, 6, 1)
+    assert lookup.guess(0) == ()
+    assert PromptLookup([1, 2, 3, 4]).guess(8) == ()
+    assert PromptLookup([1, 2]).guess(8) == ()
+    assert PromptLookup([]).guess(8) == ()
 
 
 def test_the_latest_place_counts() -> None:
     tokens = [1, 2, 3, 4, 9, 1, 2, 3, 5, 9, 1, 2]
-    lookup = PromptLookup(tokens, longest=1)
+    lookup = PromptLookup(tokens)
     assert lookup.guess(1) == (3,)
     tokens.append(3)
     assert lookup.guess(1) == (5,)
 
 
+def test_right_guesses_get_longer() -> None:
+    pace, lengths = Pace(5), []
+    for right in (2, 4, 3, 1, 1):
+        lengths.append(pace.get_length())
+        pace.learn(lengths[-1], right)
+    assert lengths == [2, 4, 5, 3, 1]
+    assert pace.get_length() == 3
+
+
 def test_wrong_guesses_make_it_pause() -> None:
-    lookup = PromptLookup([7] * 9, longest=4)
-    pauses = []
+    pace, pauses = Pace(4), []
     for _ in range(7):
-        lookup.learn(1, 0)
+        pace.learn(1, 0)
         pause = 0
-        while not lookup.guess(1):
+        while not pace.get_length():
             pause += 1
         pauses.append(pause)
     assert pauses == [2, 4, 8, 16, LONGEST_PAUSE, LONGEST_PAUSE, LONGEST_PAUSE]

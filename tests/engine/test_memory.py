@@ -64,6 +64,19 @@ def test_everything_stays_within_the_budget() -> None:
             assert cache + WEIGHTS + 2 * (300 << 20) <= 0.85 * free * GIB
 
 
+def test_a_draft_model_is_within_the_budget() -> None:
+    """A page of each under every number; a quarter of the layers, and a smaller chunk."""
+    small = replace(LLAMA, kv=replace(LLAMA.kv, layers=4), memory=MappingProxyType({"embed": 10 << 20}))
+    small = replace(small, limits=replace(small.limits, prefill_chunk=256))
+    limits = make_limits(LLAMA, WEIGHTS, Budget("server"), 8 * GIB, draft=small)
+    taken = limits.num_pages * limits.page_size * (get_token_bytes(LLAMA) + get_token_bytes(small))
+    most = int(0.85 * 8 * GIB)
+    assert most - (80 << 10) * 16 < taken + WEIGHTS + 2 * (310 << 20) <= most
+    assert limits.prefill_chunk == 256
+    with pytest.raises(DoesNotFit, match="weights 700 MiB, workspace 620 MiB and cache 7.63 GiB are 8.92 GiB"):
+        make_limits(LLAMA, WEIGHTS, Budget("server", 100_000), 8 * GIB, draft=small)
+
+
 def test_tokens_that_are_asked_for() -> None:
     limits = make_limits(LLAMA, WEIGHTS, Budget("local", 20000), 64 * GIB)
     assert get_sizes(limits) == (4, 20000, 20000)

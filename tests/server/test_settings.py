@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from engine.errors import InvalidSetting
-from engine.server.settings import ChatSettings, ServerSettings, get_texts, load_settings
+from engine.server.settings import ChatSettings, ServerSettings, get_guessing, get_texts, load_settings
 
 
 def test_the_command_line_comes_before_the_environment() -> None:
@@ -70,3 +70,34 @@ def test_every_setting_is_described() -> None:
     for kind in (ServerSettings, ChatSettings):
         assert list(get_texts(kind)) == [field.name for field in dataclasses.fields(kind)]
         assert all(len(text) > 10 for text in get_texts(kind).values())
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({}, {"draft_tokens": 0, "draft": None}),
+        ({"speculative": "lookup"}, {"draft_tokens": 6, "draft": None}),
+        ({"draft": "a/b", "draft_tokens": "3"}, {"draft_tokens": 3, "draft": Path("a/b")}),
+        ({"draft": "a/b", "speculative": "draft"}, {"draft_tokens": 6, "draft": Path("a/b")}),
+    ],
+)
+def test_ways_to_guess(given: dict[str, str], wanted: dict) -> None:
+    assert get_guessing(load_settings(ServerSettings, given, {})) == wanted
+    assert get_guessing(load_settings(ChatSettings, given, {})) == wanted
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"speculative": "on"}, "speculative=on: there is no such way to guess\n  hint: give off, lookup, draft"),
+        (
+            {"speculative": "draft"},
+            "speculative=draft with no draft\n  hint: give draft=tiny-draft or another small model",
+        ),
+        ({"speculative": "off", "draft": "x"}, "speculative=off with draft=x\n  hint: leave one of them out"),
+    ],
+)
+def test_ways_to_guess_that_do_not_fit(given: dict[str, str], text: str) -> None:
+    with pytest.raises(InvalidSetting) as caught:
+        get_guessing(load_settings(ServerSettings, given, {}))
+    assert str(caught.value) == text

@@ -55,7 +55,9 @@ def test_stream(http: httpx.Client) -> None:
     assert finish["choices"] == [{**head, "delta": {}, "finish_reason": "stop"}]
     assert set(finish["timings"]) == {"ttft", "tokens_per_second"}
     assert usage["choices"] == []
-    assert set(usage["usage"]) == {"prompt_tokens", "completion_tokens", "total_tokens", "prompt_tokens_details"}
+    counts, details = {"prompt_tokens", "completion_tokens", "total_tokens"}, "completion_tokens_details"
+    assert set(usage["usage"]) == {*counts, "prompt_tokens_details", details}
+    assert usage["usage"][details] == {"accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0}
     assert all(chunk["usage"] is None for chunk in chunks[:-1])
 
 

@@ -53,6 +53,28 @@ def test_one_variant_has_one_chain() -> None:
     assert [str(build.package) for build in plan.selected] == ["artifacts/packages/tiny-q4f16_1-x86-64-v3"]
 
 
+def test_a_draft_model_is_built_as_the_large_one_is() -> None:
+    plan = make_plan(draft="tiny-draft")
+    assert plan.draft is not None
+    assert plan.draft.id == "tiny-draft/q4f16_1/x86-64-v3"
+    assert "verify:tiny-draft/q4f16_1/x86-64-v3" in plan.actions
+    assert [build.id for build in plan.selected] == ["tiny/q4f16_1/x86-64-v3"]
+    planning._plans.append(plan)
+    task = make_package_task(run_nothing)
+    assert task["task_dep"] == ["build:tiny/q4f16_1/x86-64-v3", "build:tiny-draft/q4f16_1/x86-64-v3"]
+    variables = task["actions"][0][1][-1]
+    assert variables["draft"] == str(ROOT / "artifacts/packages/tiny-draft-q4f16_1-x86-64-v3")
+    planning._plans.append(make_plan(draft="some/folder"))
+    assert planning.get_plan().draft is None
+    assert make_package_task(run_nothing)["actions"][0][1][-1]["draft"] == "some/folder"
+    with pytest.raises(UnknownNameError, match="tiny-draft"):
+        make_plan(draft="tiny-daft")
+
+
+def run_nothing(package: Path, variables: dict[str, str]) -> None:
+    """A command that works on a package."""
+
+
 def test_variants_share_what_they_can() -> None:
     names = make_plan(target="x86-64-v3,x86-64-v4,aarch64").actions
     assert [name for name in names if name.startswith("convert:")] == ["convert:tiny/q4f16_1/rows16"]

@@ -1,0 +1,94 @@
+"""tiny-draft guesses for tiny, over real kernels: the same tokens as alone, and a package that is no use is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from small_engines import make_request, run_all
+from test_prefix_on_tiny import PACKAGE, PACKAGES
+
+from engine.artifact import File, Package, open_package
+from engine.engine import Engine
+from engine.errors import InvalidSetting
+from engine.runtime.memory import Budget
+from engine.runtime.pair import check_alike, check_context, load_pair
+from engine.runtime.tvm_executor import TvmExecutor
+from engine.sampling.grammar import GrammarCompiler, make_json_grammar
+from engine.text.tokenizer import load_tokenizer
+
+DRAFT = None if PACKAGE is None else PACKAGES / PACKAGE.name.replace("tiny-", "tiny-draft-", 1)
+pytestmark = pytest.mark.skipif(
+    DRAFT is None or not DRAFT.exists(), reason="not built: ./doit build model=tiny,tiny-draft"
+)
+TEXTS = ("Tell me a story about a red ball and a dog.", "What is the capital of France?", "Count to ten.", "Hi")
+SCHEMA = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}}
+
+
+def find(path: Path | None) -> Package:
+    assert path is not None
+    return open_package(path)
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[tuple[TvmExecutor, TvmExecutor]]:
+    executors = load_pair(find(PACKAGE), find(DRAFT), Budget(kv_tokens=2048))
+    yield executors
+    for executor in executors:
+        executor.close()
+
+
+def make_engine(pair: tuple[TvmExecutor, TvmExecutor], draft_tokens: int) -> Engine:
+    assert PACKAGE is not None
+    draft = pair[1] if draft_tokens else None
+    return Engine(pair[0], load_tokenizer(PACKAGE), draft_tokens=draft_tokens, draft=draft)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("grammar", [False, True])
+def test_replies_are_those_of_the_large_model(
+    pair: tuple[TvmExecutor, TvmExecutor], temperature: float, grammar: bool
+) -> None:
+    replies = []
+    for draft_tokens in (0, 4):
+        engine = make_engine(pair, draft_tokens)
+        params = {"temperature": temperature, "max_tokens": 60, "ignore_eos": not grammar}
+        if grammar:
+            params["grammar"] = GrammarCompiler(engine.tokenizer).compile(make_json_grammar(SCHEMA))
+        for seed, text in enumerate(TEXTS * 2):
+            prompt = engine.tokenizer.encode_chat([{"role": "user", "content": text}])
+            engine.add(make_request(str(seed), prompt, seed=seed, **params))
+        replies.append({name: output.token_ids for name, output in run_all(engine).items()})
+    assert replies[0] == replies[1]
+    stats = engine.get_stats()
+    assert stats.right_tokens > 0.3 * stats.guessed_tokens > 30
+    assert stats.free_pages == stats.num_pages
+
+
+def test_both_caches_are_within_the_budget(pair: tuple[TvmExecutor, TvmExecutor]) -> None:
+    large, small = pair
+    assert large.limits == small.limits
+    assert large.limits.num_pages == 2048 // 16
+
+
+def test_a_draft_that_is_no_use_is_refused() -> None:
+    package, draft = find(PACKAGE), find(DRAFT)
+    other = replace(draft.manifest, files=(File("tokenizer.json", 1, "0" * 64),))
+    with pytest.raises(InvalidSetting) as caught:
+        check_alike(package, replace(draft, manifest=other))
+    assert str(caught.value) == (
+        f"draft={draft.root.name}: this package cannot draft here: its tokenizer is not that of "
+        f"{package.manifest.variant}\n"
+        "  hint: give a smaller model of the same family, or speculative=lookup, which needs none"
+    )
+    kv = replace(draft.manifest.library.kv, page_size=32)
+    other = replace(draft.manifest, library=replace(draft.manifest.library, kv=kv))
+    with pytest.raises(InvalidSetting, match=r"its KV cache has \('tensor', 32\) pages"):
+        check_alike(package, replace(draft, manifest=other))
+    library = replace(draft.manifest.library, limits=replace(draft.manifest.library.limits, context_window=64))
+    executor = TvmExecutor(package, Budget(kv_tokens=512))
+    with pytest.raises(InvalidSetting, match="its context holds 64 tokens, and the engine's 512"):
+        check_context(replace(draft, manifest=replace(draft.manifest, library=library)), executor.limits)
+    executor.close()
