@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
 from mlcbuild.graph.plan import are_current, get_plan
+from mlcbuild.graph.settings import SIGNING_KEY
 
 
 def task_variants() -> Iterator[dict[str, Any]]:
@@ -17,6 +19,6 @@ def task_variants() -> Iterator[dict[str, Any]]:
             "name": build.id,
             "doc": "package and record" if build.runs_here else "package; another machine has to verify it",
             "actions": None,
-            "task_dep": [last],
+            "task_dep": [last, *([f"_sign:{build.id}"] if os.environ.get(SIGNING_KEY) else [])],
             "uptodate": [(are_current, [last])],
         }

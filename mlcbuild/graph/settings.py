@@ -34,6 +34,10 @@ class Settings:
 
 settings = Settings()
 
+# The environment variable that names the file of the private key with which packages are signed.
+SIGNING_KEY = "MLCBUILD_SIGNING_KEY"
+SIGNATURE = "signature.json"  # beside the manifest: see package/signature.py
+
 # Command line variables of every command. They say where results come from, never what is built.
 VARIABLES = ("remote", "offline")
 YES, NO = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")

@@ -18,10 +18,11 @@ from pathlib import Path
 
 from mlcbuild.graph.action import PRIVATE, make_canonical_json
 from mlcbuild.graph.digest import RACY_NS, get_stat
+from mlcbuild.graph.settings import SIGNING_KEY
 from mlcbuild.recipes.machine import list_program_folders, load_cpu_flags
 
 # They choose programs, devices and the store; steps declare the others.
-ENVIRONMENT = ("PATH", "MLCBUILD_STORE", "CUDA_HOME", "CUDA_VISIBLE_DEVICES")
+ENVIRONMENT = ("PATH", "MLCBUILD_STORE", "CUDA_HOME", "CUDA_VISIBLE_DEVICES", SIGNING_KEY)
 GPUS = Path("/proc/driver/nvidia/gpus")
 
 

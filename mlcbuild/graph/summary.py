@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +14,7 @@ from mlcbuild.errors import PackageError
 from mlcbuild.graph.action import PRIVATE
 from mlcbuild.graph.digest import get_location, list_files
 from mlcbuild.graph.execute import get_workspace
+from mlcbuild.graph.settings import SIGNATURE, SIGNING_KEY
 from mlcbuild.graph.snapshot import make_snapshot, save_snapshot
 
 if TYPE_CHECKING:
@@ -122,6 +124,8 @@ def save_snapshot_of(plan: Plan, path: Path, started_ns: int) -> None:
     """Remember what this successful build depended on, so that the next one can see at once that nothing changed."""
     workspace = get_workspace(plan.root)
     outputs = [Path(name) for action in plan.actions.values() for name in workspace.list_outputs(action)]
+    if os.environ.get(SIGNING_KEY):
+        outputs += [Path(os.environ[SIGNING_KEY]).absolute(), *(build.package / SIGNATURE for build in plan.selected)]
     made = [path for action in plan.actions.values() for path in action.outputs.values()]
     inputs = [get_location(path) for action in plan.actions.values() for path in action.inputs.values()]
     given = [path for path in inputs if PRIVATE not in path.parents and not any(_is_within(path, at) for at in made)]

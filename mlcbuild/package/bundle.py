@@ -30,6 +30,7 @@ from engine.artifact import (
 from mlcbuild.errors import PackageError
 from mlcbuild.package.card import make_card
 from mlcbuild.package.chat_config import TOKENIZER_FILES, count_tokens, make_chat_config
+from mlcbuild.package.provenance import PROVENANCE, SBOM, make_sbom, make_statement
 
 CARD = "README.md"
 LIBRARY_TEXT = "library.json"  # goes into the manifest, not into the package
@@ -77,6 +78,8 @@ def write_package(
     }
     config, differences = make_chat_config(recipes, library, source_dir)
     weights = sum(tensor.nbytes for tensor in tensors)
+    steps = {library_dir: "compile", weights_dir: "convert", source_dir: "download"}
+    makers = {name: steps[path.parent] for name, path in parts.items()}
     try:
         destination.mkdir(parents=True, exist_ok=True)
         for name, path in parts.items():
@@ -84,6 +87,11 @@ def write_package(
         _write_text(destination / CHAT_CONFIG, _format_json(config))
         _write_text(destination / CARD, make_card(manifest, weights, differences))
         files = _list_files(destination, [*parts, CHAT_CONFIG, CARD], sha256)
+        _write_text(destination / SBOM, _format_json(make_sbom(manifest, files, makers)))
+        files += _list_files(destination, [SBOM], sha256)
+        _write_text(destination / PROVENANCE, _format_json(make_statement(manifest, files)))
+        files += _list_files(destination, [PROVENANCE], sha256)
+        files.sort(key=lambda file: str(file["path"]))
         _write_text(destination / MANIFEST, _format_json({**manifest, "files": files}))
     except OSError as error:
         raise PackageError(f"{destination}: cannot be written: {error.strerror}", hint=_explain(error)) from error

@@ -26,6 +26,7 @@ def make_card(manifest: Mapping[str, Any], weights: int, differences: Sequence[s
 
 
 _FILES = """`manifest.json` lists every file with its SHA-256, and everything that this package was made of.
+`provenance.json` (in-toto, SLSA) and `sbom.json` (CycloneDX) say the same to other tools.
 `record.json`, if present, holds the quality and speed that were measured."""
 
 

@@ -128,8 +128,8 @@ def cut_windows(data: ReferenceData, longest: int) -> tuple[list[NDArray[np.int3
     return [window[:longest] for window in data.windows], data.log_probs[np.concatenate(kept)]
 
 
-def make_reply(package: Package, executor: Executor, prompt: str) -> str:
-    """The greedy reply to `prompt`, of at most REPLY_TOKENS tokens, through the engine's own loop.
+def make_reply(package: Package, executor: Executor, prompt: str, tokens: int = REPLY_TOKENS) -> str:
+    """The greedy reply to `prompt`, of at most `tokens` tokens, through the engine's own loop.
 
     Without a chat template the prompt is continued as plain text. Raises the engine's error if the request ends in one.
     """
@@ -140,12 +140,12 @@ def make_reply(package: Package, executor: Executor, prompt: str) -> str:
 
     tokenizer = load_tokenizer(package.root)
     if tokenizer.template is None:
-        tokens = tokenizer.encode(prompt)
+        prompted = tokenizer.encode(prompt)
     else:
-        tokens = tokenizer.encode_chat([{"role": "user", "content": prompt}])
+        prompted = tokenizer.encode_chat([{"role": "user", "content": prompt}])
     engine = Engine(executor, tokenizer)
-    params = SamplingParams(temperature=0, max_tokens=REPLY_TOKENS)
-    request = Request("verify", tuple(tokens), params, time.monotonic())
+    params = SamplingParams(temperature=0, max_tokens=tokens)
+    request = Request("verify", tuple(prompted), params, time.monotonic())
     check_request(request, engine.limits)
     engine.add(request)
     text = ""

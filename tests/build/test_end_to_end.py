@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,9 @@ from pathlib import Path
 
 import openai
 import pytest
-from real_project import copy_project, doit
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from real_project import ROOT, copy_project, doit
 
 QUESTION, ANSWER = "What is the capital of France?", "The capital of France is Paris."
 
@@ -63,6 +66,73 @@ def test_another_checkout_restores_the_same_bytes(project, store, tmp_path):
     assert "run " not in done.stdout
     ours, theirs = ((get_package(p) / "manifest.json").read_bytes() for p in (project, other))
     assert ours == theirs
+
+
+def test_a_signed_package_is_checked_on_another_machine(project, store, tmp_path):
+    """As far as that machine matters: a copy of the package elsewhere, which no project has built."""
+    package, copy = get_package(project), tmp_path / "copy"
+    before = {path.name: path.read_bytes() for path in package.iterdir()}
+    make_keys(tmp_path)
+    signing = {"MLCBUILD_SIGNING_KEY": str(tmp_path / "key.pem")}
+    done = doit(project, store, "build", **signing)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"sign  {package.name}  with key " in done.stdout
+    assert doit(project, store, "build", **signing).stdout.startswith("up to date")
+    shutil.copytree(package, copy)
+    assert {path.name: path.read_bytes() for path in copy.iterdir() if path.name != "signature.json"} == before
+    done = check(copy, f"key={tmp_path / 'pub.pem'}")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = [line.split(maxsplit=2) for line in done.stdout.splitlines()]
+    assert [line[:2] for line in lines] == [
+        ["ok", what] for what in ("files", "provenance", "signature", "machine", "reply")
+    ]
+    assert lines[-1][2] == repr(ANSWER)
+    (copy / "record.json").unlink()  # was measured elsewhere, and is not signed
+    assert check(copy, f"key={tmp_path / 'pub.pem'}", "smoke=0").returncode == 0
+    shard = copy / "params_shard_0.bin"
+    shard.chmod(0o644)
+    with open(shard, "r+b") as file:
+        file.seek(1000)
+        file.write(b"!")
+    done = check(copy)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"fail  {copy}: params_shard_0.bin was altered: its SHA-256 is ")
+
+
+def make_keys(folder):
+    key = Ed25519PrivateKey.generate()
+    (folder / "key.pem").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    (folder / "pub.pem").write_bytes(public)
+
+
+def check(package, *args):
+    """`doit verify-package`."""
+    environment = {**os.environ, "TVM_NUM_THREADS": "2"}
+    command = [sys.executable, "-m", "doit", "verify-package", str(package), *args]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_mistakes_of_verify_package(tmp_path):
+    for args, text in (
+        (
+            [],
+            "doit verify-package takes one package, not 0\n"
+            "  hint: doit verify-package artifacts/packages/... key=pub.pem",
+        ),
+        (["x", "kye=a"], "unknown variable 'kye'\n  hint: did you mean key or smoke?"),
+        (["x", "smoke=2"], "smoke=2 is neither 1 nor 0"),
+        (["x", "key=none.pem"], "the public key none.pem cannot be read: No such file or directory"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "doit", "verify-package", *args],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (done.returncode, done.stdout) == (3, "")
+        assert done.stderr.startswith(f"ERROR: {text}\n")
 
 
 @pytest.mark.parametrize("variables", [(), ("draft=tiny-draft",)])

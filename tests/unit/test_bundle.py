@@ -10,20 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_parts import ACTIONS, CHATML, TOOLS, VARIANT, Parts, make_library, make_recipes, make_tokenizer
 
 from engine.artifact import PackageInvalid, open_package
 from mlcbuild.errors import PackageError
-from mlcbuild.package import bundle
 from mlcbuild.package.card import make_card
 from mlcbuild.package.chat_config import count_tokens, make_tokenizer_info
 from mlcbuild.package.conversation import ChatTemplate, load_chat_template, make_conversation, render_like_mlc
 
-VARIANT = "tiny/q0f16/x86-64-v3"
 REBUILD = "build the parts again: doit build model=tiny quantization=q0f16 target=x86-64-v3"
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
 LLAMA3 = (
     "{{- bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\\n\\n' "
     "+ m.content | trim + '<|eot_id|>' }}{% endfor %}"
@@ -32,88 +27,6 @@ LLAMA3 = (
 QWEN = (
     "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\\nYou are Qwen.<|im_end|>\\n' }}{% endif %}" + CHATML
 )
-
-
-def make_recipes() -> dict[str, Any]:
-    config = {"model_type": "llama", "vocab_size": 8, "hidden_size": 4, "rope_theta": 500000.0}
-    return {
-        "model": {
-            "name": "tiny",
-            "description": "A test model.",
-            "licence": "Apache-2.0",
-            "config": config,
-            "chat": {"stop": ["<|end|>"]},
-        },
-        "quantization": {"name": "q0f16", "description": "Plain half precision."},
-        "target": {"name": "x86-64-v3", "library": "lib.so", "arch": "x86_64"},
-    }
-
-
-def make_library() -> dict[str, Any]:
-    return {
-        "abi": 1,
-        "family": "llama",
-        "quantization": "q0f16",
-        "layout": "canonical",
-        "target": {"kind": "llvm"},
-        "requires": ["avx2"],
-        "tvm": "0.27.0.post1",
-        "functions": ["batch_decode"],
-        "params": [{"name": "lm_head.weight", "shape": [8, 4], "dtype": "float16"}],
-        "limits": {"context_window": 512, "prefill_chunk": 128, "max_batch": 4},
-        "vocab_size": 8,
-        "kv": {"kind": "tensor", "dtype": "float16", "layers": 2, "kv_heads": 3, "page_size": 16, "head_dim": 8},
-        "memory": {"batch_decode": 1024},
-    }
-
-
-def make_tokenizer(tokens: int = 8) -> dict[str, Any]:
-    vocabulary = {chr(97 + i): i for i in range(tokens - 1)}
-    return {
-        "model": {"type": "BPE", "vocab": vocabulary},
-        "added_tokens": [{"id": tokens - 1, "content": "<|end|>"}],
-        "decoder": {"type": "ByteLevel"},
-    }
-
-
-class Parts:
-    """The folders that the steps before `package` leave behind."""
-
-    def __init__(self, root: Path) -> None:
-        self.library, self.weights, self.source = root / "library", root / "weights", root / "source"
-        for folder in (self.library, self.weights, self.source):
-            folder.mkdir()
-        (self.library / "lib.so").write_bytes(b"\x7fELF library")
-        self.write(self.library / "library.json", make_library())
-        (self.weights / "params_shard_0.bin").write_bytes(bytes(64))
-        self.write_index([8, 4])
-        self.write(self.source / "tokenizer.json", make_tokenizer())
-        self.write(self.source / "tokenizer_config.json", {"chat_template": CHATML, "bos_token": None})
-        self.write(self.source / "generation_config.json", {"eos_token_id": 7, "temperature": 0.6})
-        self.write(self.source / "config.json", {"model_type": "llama", "vocab_size": 8})
-        (self.source / "model.safetensors").write_bytes(b"not for the package")
-
-    @staticmethod
-    def write(path: Path, data: Any) -> None:
-        path.write_text(json.dumps(data))
-
-    def write_index(self, shape: list[int], name: str = "lm_head.weight") -> None:
-        tensor = {"name": name, "shape": shape, "dtype": "float16", "format": "raw", "nbytes": 64, "byteOffset": 0}
-        shard = {"dataPath": "params_shard_0.bin", "format": "raw-shard", "nbytes": 64, "records": [tensor]}
-        self.write(self.weights / "tensor-cache.json", {"metadata": {}, "records": [shard]})
-
-    def package(self, destination: Path, source: dict[str, Any] | None = None, variant: str = VARIANT) -> Any:
-        return bundle.write_package(
-            destination,
-            variant=variant,
-            recipes=make_recipes(),
-            source=source or {"repo": "someone/tiny", "revision": "a" * 40, "files": {}},
-            library_dir=self.library,
-            weights_dir=self.weights,
-            source_dir=self.source,
-            actions={"convert": {"key": "k1", "made_of": {"code": "c"}}},
-            tools={"apache-tvm": "0.27.0.post1"},
-        )
 
 
 @pytest.fixture
@@ -136,12 +49,14 @@ def test_package_is_whole_and_opens(parts: Parts, tmp_path: Path) -> None:
         "manifest.json",
         "mlc-chat-config.json",
         "params_shard_0.bin",
+        "provenance.json",
+        "sbom.json",
         "tensor-cache.json",
         "tokenizer.json",
         "tokenizer_config.json",
     ]
-    assert package.manifest.actions == {"convert": {"key": "k1", "made_of": {"code": "c"}}}
-    assert package.manifest.tools == {"apache-tvm": "0.27.0.post1"}
+    assert package.manifest.actions == ACTIONS
+    assert package.manifest.tools == TOOLS
     assert package.manifest.source["revision"] == "a" * 40
     assert not package.manifest.random
 
@@ -150,7 +65,8 @@ def test_equal_inputs_give_equal_bytes(parts: Parts, tmp_path: Path) -> None:
     parts.package(tmp_path / "one")
     parts.package(tmp_path / "elsewhere" / "two")
     assert take_digests(tmp_path / "one") == take_digests(tmp_path / "elsewhere" / "two")
-    assert str(tmp_path) not in (tmp_path / "one" / "manifest.json").read_text()
+    for name in ("manifest.json", "provenance.json", "sbom.json"):
+        assert str(tmp_path) not in (tmp_path / "one" / name).read_text()
 
 
 def test_inputs_are_linked_and_never_modified(parts: Parts, tmp_path: Path) -> None:
@@ -227,7 +143,8 @@ def test_tokenizer_with_more_tokens_than_the_model(parts: Parts, tmp_path: Path)
 
 
 def test_random_weights_are_marked(parts: Parts, tmp_path: Path) -> None:
-    package = parts.package(tmp_path / "package", {"random": True, "seed": 0}, "tiny-random/q0f16/x86-64-v3")
+    source = {"random": True, "seed": 0, "files": {}}
+    package = parts.package(tmp_path / "package", source, "tiny-random/q0f16/x86-64-v3")
     assert package.manifest.random
     card = (tmp_path / "package" / "README.md").read_text()
     assert "**The weights are random numbers.**" in card
