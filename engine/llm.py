@@ -21,6 +21,7 @@ from engine.core import Limits, Output, SamplingParams, Stats, join_outputs
 from engine.engine import Engine
 from engine.reply import Reply
 from engine.runtime.memory import Budget
+from engine.text.reading import get_marks
 from engine.text.tokenizer import Tokenizer, load_tokenizer
 from engine.thread import DEFAULT_QUEUE_LIMIT, EngineThread
 
@@ -125,7 +126,7 @@ def make_package_engine(
         from engine.runtime.tvm_executor import TvmExecutor
 
         package = open_package(path)
-        tokenizer = load_tokenizer(package.root)
+        tokenizer = load_tokenizer(package.root, marks=get_marks(package.manifest.recipes["model"]["chat"]))
         if draft is None or not draft_tokens:
             executor, small = TvmExecutor(package, budget), None
         else:

@@ -11,7 +11,7 @@ from engine.artifact import Package, open_package
 from engine.core import SamplingParams
 from engine.llm import make_package_engine
 from engine.runtime.memory import Budget
-from engine.text.calls import Shape, load_shape
+from engine.text.calls import CallFormat, load_format
 from engine.thread import DEFAULT_QUEUE_LIMIT, EngineThread
 
 
@@ -19,7 +19,7 @@ from engine.thread import DEFAULT_QUEUE_LIMIT, EngineThread
 class LoadedModel:
     """What the server and the terminal chat work with. Whoever loads it closes `engine`.
 
-    `name` is what clients call it, `variant` the id of its package, `created` seconds since 1970. `shape` is how it
+    `name` is what clients call it, `variant` the id of its package, `created` seconds since 1970. `form` is how it
     spells tool calls, None if it cannot call tools; `reasoning` the tag around its thoughts, as think of <think>.
     """
 
@@ -28,7 +28,7 @@ class LoadedModel:
     created: int
     engine: EngineThread
     defaults: SamplingParams
-    shape: Shape | None = None
+    form: CallFormat | None = None
     reasoning: str | None = None
 
 
@@ -53,11 +53,11 @@ def load_model(
     variant = package.manifest.variant
     defaults = load_defaults(package)
     chat = package.manifest.recipes["model"]["chat"]
-    shape = None if chat["tool_format"] is None else load_shape(chat["tool_format"])
+    form = None if chat["tool_format"] is None else load_format(chat["tool_format"])
     make = make_package_engine(path, budget, prefix_cache=prefix_cache, draft_tokens=draft_tokens, draft=draft)
     engine = EngineThread(make, queue_limit=queue_limit)
     name = name or variant.split("/")[0]
-    return LoadedModel(name, variant, int(time.time()), engine, defaults, shape, chat["reasoning"])
+    return LoadedModel(name, variant, int(time.time()), engine, defaults, form, chat["reasoning"])
 
 
 def load_defaults(package: Package) -> SamplingParams:

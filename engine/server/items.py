@@ -22,7 +22,7 @@ class ItemStream:
     def push(self, piece: Piece) -> Iterator[Event]:
         """The events that a piece of the reply causes."""
         if piece.kind == "call":
-            call = {"type": "function_call", "call_id": make_call_id(), "name": piece.text, "arguments": ""}
+            call = {"type": "function_call", "call_id": piece.id or make_call_id(), "name": piece.text, "arguments": ""}
             yield from self._start({"id": f"fc_{uuid.uuid4().hex}", **call})
         elif piece.kind == "arguments":
             self.items[-1]["arguments"] += piece.text

@@ -12,7 +12,7 @@ from engine.model import LoadedModel
 from engine.sampling.grammar import add_alternative
 from engine.server.protocol.chat import ChatRequest
 from engine.server.protocol.structured import make_output_grammar
-from engine.server.protocol.tools import ToolChoice, make_tool_choice, make_tools_grammar
+from engine.server.protocol.tools import ToolChoice, make_signature, make_tool_choice, make_tools_grammar
 from engine.text.reading import Reading
 from engine.text.reasoning import Thinking, add_thinking, find_thinking
 
@@ -81,7 +81,9 @@ def make_reading(body: ChatRequest, model: LoadedModel, prompt: Sequence[int]) -
     """How to read the replies to `prompt`; to a prompt of no tokens, which is no conversation, as plain text."""
     end = model.engine.tokenizer.decode(prompt[-PROMPT_END:], skip_special_tokens=False)
     thinking = find_thinking(model.reasoning, end) if prompt else None
-    return Reading(model.shape if get_tool_choice(body).tools else None, thinking)
+    tools = get_tool_choice(body).tools
+    form = model.form if tools or (model.form is not None and model.form.channels and prompt) else None
+    return Reading(form, thinking, {tool.name: make_signature(tool).parameters for tool in tools})
 
 
 def make_reply_grammar(body: ChatRequest, model: LoadedModel, thinking: Thinking | None) -> tuple[str, str] | None:
@@ -91,10 +93,10 @@ def make_reply_grammar(body: ChatRequest, model: LoadedModel, thinking: Thinking
     output = make_output_grammar(body)
     either = output is not None and bool(choice.tools) and not choice.required
     choice = replace(choice, required=choice.required or either)
-    calls = make_tools_grammar(choice, model.shape, not_first=not_first)
+    calls = make_tools_grammar(choice, model.form, not_first=not_first)
     wanted = output if calls is None else (calls, "tools")
-    if either and output is not None and calls is not None and model.shape is not None:
-        if model.shape.whole:  # its calls look like structured output
+    if either and output is not None and calls is not None and model.form is not None:
+        if model.form.whole:  # its calls look like structured output
             raise InvalidRequest(
                 f"{output[1]} does not go with tools that this model may call or not",
                 hint="send tool_choice none or required",

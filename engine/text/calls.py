@@ -1,30 +1,124 @@
 """Tool calls in a reply: the grammar that they are held to, and the parser that reads them as they are written.
 
 Both are made from one Shape, so a call that was generated can always be read. How a model spells its calls is a file
-in engine/text/formats/, whose name is the format's name.
+in engine/text/formats/, whose name is the format's name. How it spells their arguments is a Spelling: JSON, parameters
+between tags (engine/text/tagged.py) or literals of another language (engine/text/literals.py).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import json
 import re
-from collections.abc import Mapping
+import uuid
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 from engine.errors import PackageInvalid
+from engine.sampling.grammar import make_json_rule
+
+Schema = Mapping[str, Any]
+NAME = re.compile(r"[a-zA-Z0-9_.:/-]{1,128}")  # of a function
+ID_LENGTH = 9  # of an id that Mistral's templates accept
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """A function that may be called. `parameters`: a JSON schema of type object.
+
+    `lenient`: let go of what the schema asks for beyond what can be held to.
+    """
+
+    name: str
+    parameters: Schema
+    lenient: bool = False
+
+
+class ArgumentReader(Protocol):
+    """Turns the arguments of one call into JSON as they come."""
+
+    done: bool
+
+    def read(self, text: str) -> tuple[int, str]:
+        """How many characters of `text` are understood, and the JSON that they add. The others are shown again."""
+
+
+class Spelling(Protocol):
+    """How the arguments of a call are written: the rules that hold them to a schema, and the reader of what comes."""
+
+    def make_rules(self, name: str, function: Signature) -> list[str]:
+        """Lark rules of which the first is called `name`; others begin with it. Raises InvalidRequest."""
+
+    def start(self, schema: Schema) -> ArgumentReader:
+        """A reader for one call of a function with these parameters."""
+
+    def get_marks(self) -> str:
+        """All fixed texts."""
+
+
+class Json:
+    """Arguments that are JSON themselves."""
+
+    def make_rules(self, name: str, function: Signature) -> list[str]:
+        """One rule."""
+        return [f"{name}: {make_json_rule(function.parameters, param='tools', lenient=function.lenient)}"]
+
+    def start(self, schema: Schema) -> ArgumentReader:
+        """Passes them on."""
+        return JsonReader()
+
+    def get_marks(self) -> str:
+        """None."""
+        return ""
+
+
+class CallParser(Protocol):
+    """Reads a reply piece by piece: `push` each text, then `finish` once. How the text was cut makes no difference."""
+
+    count: int  # calls so far
+
+    def push(self, text: str) -> list[Piece]:
+        """What the reply gains with `text`; empty while it may mean several things."""
+
+    def finish(self) -> list[Piece]:
+        """The reply has ended: the rest of its text."""
+
+
+class CallFormat(Protocol):
+    """How a model spells its calls, as a module of engine/text/formats/ says it.
+
+    `whole`: calls are the whole reply. `channels`: thoughts and answers have marks of their own, so that every reply
+    must be read by the format's parser.
+    """
+
+    @property
+    def whole(self) -> bool: ...
+
+    @property
+    def channels(self) -> bool: ...
+
+    def make_grammar(
+        self, functions: Sequence[Signature], *, required: bool, parallel: bool, not_first: str = ""
+    ) -> str: ...
+
+    def make_parser(self, schemas: Mapping[str, Schema]) -> CallParser: ...
+
+    def get_marks(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The fixed texts around the names and the JSON arguments of the calls of one reply.
+    """The fixed texts around the names and the arguments of the calls of one reply.
 
-    begin before_name NAME before_arguments ARGUMENTS after_arguments (between before_name NAME ...)* end
+    begin opening before_name NAME before_arguments ARGUMENTS after_arguments (between before_name NAME ...)* end
 
     `begin` marks the first call. It may follow other text, unless the calls must be the `whole` reply. Nothing follows
-    the end of the calls.
+    the end of the calls. An empty `before_arguments`: the name ends where no name goes on. `id_prefix`: instead of its
+    name, a call has an id that is made of this, the name and a number, as functions.NAME:0. `short_ids`: calls get ids
+    of nine letters and digits, since the model's template takes no others.
     """
 
     begin: str
@@ -33,43 +127,63 @@ class Shape:
     after_arguments: str
     between: str
     end: str = ""
+    opening: str = ""
     whole: bool = False
+    spelling: Spelling = Json()
+    id_prefix: str = ""
+    short_ids: bool = False
+    channels: bool = False
+
+    def make_grammar(
+        self, functions: Sequence[Signature], *, required: bool, parallel: bool, not_first: str = ""
+    ) -> str:
+        """As make_calls_grammar."""
+        return make_calls_grammar(self, functions, required=required, parallel=parallel, not_first=not_first)
+
+    def make_parser(self, schemas: Mapping[str, Schema]) -> CallParser:
+        """For one reply to a request whose functions have these parameters."""
+        return ShapeParser(self, schemas)
+
+    def get_marks(self) -> str:
+        """All fixed texts: the control tokens that occur in them are text to us."""
+        texts = [value for f in dataclasses.fields(self) if isinstance(value := getattr(self, f.name), str)]
+        return "".join(texts) + self.spelling.get_marks()
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
     """Something that a reply has gained: text for the reader, the start of call `index` (the text is the function's
-    name), or more of its arguments.
+    name), or more of its arguments. `id`: of a call, if its format has ids of its own.
     """
 
     kind: Literal["content", "reasoning", "call", "arguments"]
     text: str
     index: int = 0
+    id: str = ""
 
 
-def load_shape(name: str) -> Shape:
-    """The shape in engine/text/formats/<name>.py. Raises PackageInvalid when there is no such format."""
+def load_format(name: str) -> CallFormat:
+    """The format in engine/text/formats/<name>.py. Raises PackageInvalid when there is no such format."""
     module = f"engine.text.formats.{name}"
     if not re.fullmatch("[a-z0-9_]+", name) or importlib.util.find_spec(module) is None:
         raise PackageInvalid(
             f"the package's tool-call format {name!r} is not known here", hint="mend chat.tool_format in its recipe"
         )
-    shape: Shape = importlib.import_module(module).SHAPE
-    return shape
+    found: CallFormat = importlib.import_module(module).SHAPE
+    return found
 
 
 def make_calls_grammar(
-    shape: Shape, arguments: Mapping[str, str], *, required: bool, parallel: bool, not_first: str = ""
+    shape: Shape, functions: Sequence[Signature], *, required: bool, parallel: bool, not_first: str = ""
 ) -> str:
     """Lark rules, of which `reply` is the first: text and then calls, or calls alone when they are `required`.
 
-    `arguments`: for each function's name the right side of a rule for its arguments, as of make_json_rule.
     `parallel`: whether there may be more than one call. `not_first`: what text may not begin with.
+    Raises InvalidRequest for parameters that the format cannot spell.
     """
-    names = list(arguments)
-    more = f"({_quote(shape.between)} call)*" if parallel else ""
-    calls = f"call {more} {_quote(shape.end)}"
-    lines = [f"reply: {_quote(shape.begin)} calls", f"calls: {calls}"]
+    more = f"({quote(shape.between)} call)*" if parallel else ""
+    calls = f"call {more} {quote(shape.end)}"
+    lines = [f"reply: {quote(shape.begin)} calls", f"calls: {quote(shape.opening)} {calls}"]
     if not required:
         begin = escape(shape.begin)
         other = f" & ~/{escape(not_first)}(.|\\n)*/" if not_first else ""
@@ -78,15 +192,19 @@ def make_calls_grammar(
         else:
             lines[0] = f"reply: TEXT | until_call calls\nuntil_call[lazy]: /(.|\\n)*{begin}/{other}"
             lines += [f"TEXT: /(.|\\n)*/ & ~/(.|\\n)*{begin}(.|\\n)*/{other}"]
-    lines.append("call: " + " | ".join(f"call_{i}" for i in range(len(names))))
-    for i, name in enumerate(names):
-        opening = _quote(shape.before_name + name + shape.before_arguments)
-        lines.append(f"call_{i}: {opening} arguments_{i} {_quote(shape.after_arguments)}")
-        lines.append(f"arguments_{i}: {arguments[name]}")
+    lines.append("call: " + " | ".join(f"call_{i}" for i in range(len(functions))))
+    for i, function in enumerate(functions):
+        name = f"{quote(shape.before_name + function.name + shape.before_arguments)}"
+        if shape.id_prefix:
+            opening = quote(shape.before_name + shape.id_prefix + function.name + ":")
+            name = f"{opening} /[0-9]{{1,4}}/ {quote(shape.before_arguments)}"
+        lines.append(f"call_{i}: {name} arguments_{i} {quote(shape.after_arguments)}")
+        lines += shape.spelling.make_rules(f"arguments_{i}", function)
     return "\n".join(lines)
 
 
-def _quote(text: str) -> str:
+def quote(text: str) -> str:
+    """`text` as a string of Lark; nothing for an empty one."""
     return json.dumps(text, ensure_ascii=False) if text else ""
 
 
@@ -95,21 +213,19 @@ def escape(text: str) -> str:
     return re.sub(r"([\\.+*?()|\[\]{}^$/])", r"\\\1", text).replace("\n", "\\n")
 
 
-State = Literal["text", "name", "arguments", "after", "next", "end"]
+State = Literal["text", "opening", "name", "arguments", "after", "next", "end"]
 
 
-class CallParser:
-    """Reads a reply piece by piece: `push` each text, then `finish` once. How the text was cut makes no difference.
+class ShapeParser:
+    """The CallParser of a Shape. What does not go on as it says is content, so that nothing of a reply is lost."""
 
-    What does not go on as the shape says is content, so that nothing of a reply is lost.
-    """
-
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, schemas: Mapping[str, Schema] | None = None) -> None:
         self._shape = shape
+        self._schemas = schemas or {}
         self._state: State = "text"
         self._held = ""  # read but not understood yet
         self._seen = False  # some content has come
-        self._scanner = ObjectScanner()
+        self._reader = shape.spelling.start({})
         self.count = 0  # calls so far
 
     def push(self, text: str) -> list[Piece]:
@@ -129,6 +245,7 @@ class CallParser:
         """Understand some of what is held; False when more must come first."""
         return {
             "text": self._read_text,
+            "opening": self._read_opening,
             "name": self._read_name,
             "arguments": self._read_arguments,
             "after": self._read_after,
@@ -151,29 +268,41 @@ class CallParser:
         if at < 0:
             return False
         self._held = self._held[len(begin) :]
-        self._state = "name"
+        self._state = "opening" if self._shape.opening else "name"
         return True
+
+    def _read_opening(self, pieces: list[Piece]) -> bool:
+        return self._expect({self._shape.opening: (self._shape.opening, "name")})
 
     def _read_name(self, pieces: list[Piece]) -> bool:
         before, after = self._shape.before_name, self._shape.before_arguments
-        at = self._held.find(after, len(before))
+        if after:
+            at = self._held.find(after, len(before))
+        else:
+            found = NAME.match(self._held, len(before))
+            at = found.end() if found is not None and found.end() < len(self._held) else -1
         if at < 0:
             return False
-        pieces.append(Piece("call", self._held[len(before) : at], self.count))
+        name, call_id = self._held[len(before) : at], ""
+        if self._shape.id_prefix:
+            name, call_id = name.removeprefix(self._shape.id_prefix).rpartition(":")[0], name
+        elif self._shape.short_ids:
+            call_id = uuid.uuid4().hex[:ID_LENGTH]
+        pieces.append(Piece("call", name, self.count, call_id))
         self._held = self._held[at + len(after) :]
-        self._scanner = ObjectScanner()
+        self._reader = self._shape.spelling.start(self._schemas.get(name, {}))
         self._state = "arguments"
         return True
 
     def _read_arguments(self, pieces: list[Piece]) -> bool:
-        length = self._scanner.scan(self._held)
-        if length:
-            pieces.append(Piece("arguments", self._held[:length], self.count))
+        length, text = self._reader.read(self._held)
+        if text:
+            pieces.append(Piece("arguments", text, self.count))
         self._held = self._held[length:]
-        if self._scanner.done:
+        if self._reader.done:
             self.count += 1
             self._state = "after"
-        return self._scanner.done
+        return self._reader.done
 
     def _read_after(self, pieces: list[Piece]) -> bool:
         return self._expect({self._shape.after_arguments: (self._shape.after_arguments, "next")})
@@ -211,7 +340,7 @@ def get_overlap(text: str, marker: str) -> int:
     return 0
 
 
-class ObjectScanner:
+class JsonReader:
     """Finds the end of a JSON object that comes in pieces."""
 
     def __init__(self) -> None:
@@ -220,8 +349,12 @@ class ObjectScanner:
         self._escaped = False
         self.done = False
 
-    def scan(self, text: str) -> int:
-        """How many characters of `text` belong to the object."""
+    def read(self, text: str) -> tuple[int, str]:
+        """As ArgumentReader.read: the characters of `text` that belong to the object."""
+        length = self._scan(text)
+        return length, text[:length]
+
+    def _scan(self, text: str) -> int:
         for index, char in enumerate(text):
             if self._escaped:
                 self._escaped = False

@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from engine.core import FinishReason, Output
-from engine.text.calls import CallParser, Piece, Shape
+from engine.text.calls import CallFormat, Piece, Schema, load_format
 from engine.text.reasoning import Thinking, ThoughtParser
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """How to read a reply. `shape`: how it spells tool calls; `thinking`: how it thinks; None when it does not."""
+    """How to read a reply. `form`: how it spells tool calls; `thinking`: how it thinks; None when it does not.
 
-    shape: Shape | None = None
+    `schemas`: the parameters of each function that it may call.
+    """
+
+    form: CallFormat | None = None
     thinking: Thinking | None = None
+    schemas: Mapping[str, Schema] = field(default_factory=dict)
+
+
+def get_marks(chat: Mapping[str, Any]) -> str:
+    """The fixed texts of a model whose recipe says this of its `chat`. Raises PackageInvalid for an unknown format."""
+    calls = "" if chat["tool_format"] is None else load_format(chat["tool_format"]).get_marks()
+    return calls if chat["reasoning"] is None else calls + Thinking(chat["reasoning"]).marks
 
 
 class ReplyReader:
     """For one reply."""
 
     def __init__(self, reading: Reading) -> None:
-        self._parser = None if reading.shape is None else CallParser(reading.shape)
+        self._parser = None if reading.form is None else reading.form.make_parser(reading.schemas)
         self._thoughts = None if reading.thinking is None else ThoughtParser(reading.thinking)
 
     def read(self, output: Output) -> list[Piece]:

@@ -27,6 +27,11 @@ class Thinking:
         """What closes it."""
         return f"</{self.tag}>"
 
+    @property
+    def marks(self) -> str:
+        """Both."""
+        return self.begin + self.end
+
 
 def find_thinking(tag: str | None, prompt_end: str) -> Thinking | None:
     """How the reply to a prompt that ends so may think; None when the model does not, or its template has ended it."""

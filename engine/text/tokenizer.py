@@ -80,9 +80,10 @@ class Tokenizer:
         return self.encode(text, add_special_tokens=False)  # the template has written them
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
+def load_tokenizer(folder: Path, *, marks: str = "") -> Tokenizer:
     """Read tokenizer.json and, where present, the configuration files beside it.
 
+    Control tokens that occur in `marks` are text: decoded as any other, for those who read calls and thoughts from it.
     End tokens are those of generation_config.json and mlc-chat-config.json and the eos_token of tokenizer_config.json.
     Raises PackageInvalid for files that are missing or cannot be read.
     """
@@ -98,11 +99,24 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     ends: list[int | None] = [*_get_ids(folder / "generation_config.json"), *_get_ids(folder / "mlc-chat-config.json")]
     ends.append(backend.token_to_id(special.get("eos_token", "")))
     source = _load_template(folder, config)
+    end_tokens = frozenset(end for end in ends if end is not None)
     return Tokenizer(
-        backend,
-        end_tokens=frozenset(end for end in ends if end is not None),
+        _show(backend, marks, end_tokens),
+        end_tokens=end_tokens,
         template=None if source is None else ChatTemplate(source, special),
     )
+
+
+def _show(backend: tokenizers.Tokenizer, marks: str, end_tokens: frozenset[int]) -> tokenizers.Tokenizer:
+    """The same tokenizer with the control tokens in `marks` as text, but for those that end a reply."""
+    added = backend.get_added_tokens_decoder()
+    shown = {i for i, token in added.items() if token.special and token.content in marks and i not in end_tokens}
+    if not shown:
+        return backend
+    state = json.loads(backend.to_str())
+    for token in state["added_tokens"]:
+        token["special"] = token["special"] and token["id"] not in shown
+    return tokenizers.Tokenizer.from_str(json.dumps(state))
 
 
 def _load_template(folder: Path, config: Mapping[str, Any]) -> str | None:

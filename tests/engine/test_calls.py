@@ -14,11 +14,15 @@ from small_engines import END, TOKENIZER, make_engine, make_request, make_talkin
 from engine.core import Limits
 from engine.errors import PackageInvalid
 from engine.runtime.fake import make_hash_model
-from engine.sampling.grammar import GrammarCompiler, make_json_rule
+from engine.sampling.grammar import GrammarCompiler
 from engine.text import formats
-from engine.text.calls import CallParser, ObjectScanner, Piece, Shape, load_shape, make_calls_grammar
+from engine.text.calls import Json, JsonReader, Piece, Shape, Signature, load_format
+from engine.text.literals import Literals
+from engine.text.schemas import PLAIN
+from engine.text.tagged import Tagged
 
-FORMATS = sorted(path.stem for path in Path(formats.__file__).parent.glob("*.py") if path.stem != "__init__")
+ALL = sorted(path.stem for path in Path(formats.__file__).parent.glob("*.py") if path.stem != "__init__")
+FORMATS = [name for name in ALL if isinstance(load_format(name), Shape)]
 LIMITS = Limits(context_window=1024, prefill_chunk=128, max_batch=8, page_size=16, num_pages=512, vocab_size=258)
 COMPILER = GrammarCompiler(TOKENIZER)
 NAMES = ["get_weather", "a", "files.read-v2"]
@@ -37,9 +41,8 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
     max_leaves=6,
 )
-CALLS = st.lists(
-    st.tuples(st.sampled_from(NAMES), st.dictionaries(st.text(max_size=4), VALUES, max_size=3)), max_size=3
-)
+KEYS = st.from_regex(r"[A-Za-z0-9_.-]{1,4}", fullmatch=True)  # those that every format can spell
+CALLS = st.lists(st.tuples(st.sampled_from(NAMES), st.dictionaries(KEYS, VALUES, max_size=3)), max_size=3)
 TEXTS = st.text(max_size=12) | st.sampled_from(["<", "<tool", "{", '{"name"', "Sure.\n\n<tool_cal", "<｜tool▁calls"])
 
 
@@ -47,20 +50,61 @@ def write(shape: Shape, text: str, calls: list[tuple[str, dict]]) -> str:
     """The reply that a model would give."""
     if not calls:
         return text
-    parts = [
-        shape.before_name
-        + name
-        + shape.before_arguments
-        + json.dumps(arguments, ensure_ascii=False)
-        + shape.after_arguments
-        for name, arguments in calls
-    ]
-    return text + shape.begin + shape.between.join(parts) + shape.end
+    parts = []
+    for number, (called, arguments) in enumerate(calls):
+        name = f"{shape.id_prefix}{called}:{number}" if shape.id_prefix else called
+        written = write_arguments(shape.spelling, arguments)
+        parts.append(shape.before_name + name + shape.before_arguments + written + shape.after_arguments)
+    return text + shape.begin + shape.opening + shape.between.join(parts) + shape.end
 
 
-def parse(shape: Shape, chunks: list[str]) -> tuple[str, list[tuple[str, str]]]:
+def write_arguments(spelling: object, arguments: dict) -> str:
+    """As the model's chat template writes them."""
+    if isinstance(spelling, Literals):
+        return spelling.comma.join(f"{k}{spelling.assign}{spelling.write(v)}" for k, v in arguments.items())
+    if isinstance(spelling, Tagged):
+        texts = {k: v if isinstance(v, str) else dump(v) for k, v in arguments.items()}
+        return "".join(
+            spelling.before_key + k + spelling.before_value + text + spelling.after_value for k, text in texts.items()
+        )
+    assert isinstance(spelling, Json)
+    return dump(arguments)
+
+
+def dump(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def describe(calls: list[tuple[str, dict]]) -> dict[str, dict]:
+    """Parameters that these calls have: without them, nobody could tell a text that is 3 from the number."""
+    kinds = {str: "string", bool: "boolean", int: "integer", list: "array", dict: "object"}
+    schemas: dict[str, dict] = {}
+    for name, arguments in calls:
+        properties = schemas.setdefault(name, {"type": "object", "properties": {}})["properties"]
+        for key, value in arguments.items():
+            kind = kinds.get(type(value), "null")
+            if properties.setdefault(key, {"type": kind}) != {"type": kind}:
+                properties[key] = {}
+    return schemas
+
+
+def is_plain(shape: Shape, value: object) -> bool:
+    """Whether a value can be told from what stands around it; a text that its own mark ends could not have come."""
+    if isinstance(value, dict):
+        bare = isinstance(shape.spelling, Literals) and shape.spelling.mark
+        return all((PLAIN.fullmatch(key) or not bare) and is_plain(shape, inner) for key, inner in value.items())
+    if isinstance(value, list):
+        return all(is_plain(shape, inner) for inner in value)
+    if isinstance(shape.spelling, Literals) and shape.spelling.mark and isinstance(value, str):
+        return shape.spelling.mark not in value
+    return True
+
+
+def parse(
+    shape: Shape, chunks: list[str], schemas: dict[str, dict] | None = None
+) -> tuple[str, list[tuple[str, str]]]:
     """Content and calls."""
-    parser = CallParser(shape)
+    parser = shape.make_parser(schemas or {})
     pieces = [piece for chunk in chunks for piece in parser.push(chunk)] + parser.finish()
     return join(pieces)
 
@@ -86,38 +130,48 @@ def cut(text: str, places: list[int]) -> list[str]:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(text=TEXTS, calls=CALLS, places=st.lists(st.integers(0, 10**6), max_size=8))
 def test_any_cut(name: str, text: str, calls: list, places: list[int]) -> None:
-    shape = load_shape(name)
-    text = "" if shape.begin in text or (shape.whole and calls) else text
-    whole = write(shape, text, calls)
-    expected = (text, [(name, json.dumps(arguments, ensure_ascii=False)) for name, arguments in calls])
-    assert parse(shape, cut(whole, places)) == expected
-    assert parse(shape, list(whole)) == expected
+    shape = load_format(name)
+    text = "" if shape.begin in text or (shape.whole and (calls or text.startswith(shape.begin))) else text
+    calls = [(called, {k: v for k, v in arguments.items() if is_plain(shape, {k: v})}) for called, arguments in calls]
+    whole, schemas = write(shape, text, calls), describe(calls)
+    content, found = parse(shape, cut(whole, places), schemas)
+    assert parse(shape, list(whole), schemas) == (content, found)
+    assert content == text
+    assert [called for called, _ in found] == [called for called, _ in calls]
+    for (_, written), (_, arguments) in zip(found, calls, strict=True):
+        read = json.loads(written)
+        assert list(read) == list(arguments)
+        mixed = isinstance(shape.spelling, Tagged)
+        for key, value in arguments.items():
+            loose = mixed and any(key in s["properties"] and not s["properties"][key] for s in schemas.values())
+            assert read[key] == value or (loose and isinstance(value, str)), key
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_boundary(name: str) -> None:
     """Every way to cut a reply in two, and one character at a time; the closing and the next opening tag together."""
-    shape = load_shape(name)
+    shape = load_format(name)
     calls = [("get_weather", {"city": 'O"s}lo', "n": [1, {"a": "</tool_call>"}]}), ("a", {})]
     text = "" if shape.whole else "I look it up. <t"
     whole = write(shape, text, calls)
+    schemas = describe(calls)
     expected = (text, [(n, json.dumps(a)) for n, a in calls])
     for at in range(len(whole) + 1):
-        assert parse(shape, [whole[:at], whole[at:]]) == expected, at
-    assert parse(shape, list(whole)) == expected
+        assert parse(shape, [whole[:at], whole[at:]], schemas) == expected, at
+    assert parse(shape, list(whole), schemas) == expected
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_reply_that_is_cut_off(name: str) -> None:
     """At every place: a beginning of the same calls, and no tag in the content."""
-    shape = load_shape(name)
+    shape = load_format(name)
     whole = write(shape, "", [("get_weather", {"city": "Oslo"}), ("a", {"b": 1})])
     expected = [("get_weather", '{"city": "Oslo"}'), ("a", '{"b": 1}')]
     for at in range(len(whole)):
-        content, calls = parse(shape, [whole[:at]])
+        content, calls = parse(shape, [whole[:at]], describe([("get_weather", {"city": ""}), ("a", {"b": 1})]))
         assert content == (whole[:at] if at < len(shape.begin) else "")
         assert [n for n, _ in calls] == [n for n, _ in expected[: len(calls)]]
         assert all(e[1].startswith(c[1]) for c, e in zip(calls, expected, strict=False))
@@ -125,37 +179,40 @@ def test_a_reply_that_is_cut_off(name: str) -> None:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_arguments_come_as_they_are_written(name: str) -> None:
-    parser = CallParser(load_shape(name))
-    whole = write(load_shape(name), "", [("a", {"text": "x" * 50})])
+    parser = load_format(name).make_parser(describe([("a", {"text": ""})]))
+    whole = write(load_format(name), "", [("a", {"text": "x" * 50})])
     counts = [sum(piece.kind == "arguments" for piece in parser.push(char)) for char in whole]
     assert sum(counts) >= 50
 
 
 def test_what_follows_the_calls_is_kept() -> None:
-    shape = load_shape("hermes")
+    shape = load_format("hermes")
     whole = write(shape, "", [("a", {})])
     for rest in (" and more", "\nmore", "\n<tool_responses>"):
         assert parse(shape, list(whole + rest)) == (rest, [("a", "{}")])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.text(alphabet='<tool_ca/>{}"nme:,\\ \n', max_size=60), st.sampled_from(FORMATS))
 def test_nonsense_is_no_crash(text: str, name: str) -> None:
-    parse(load_shape(name), list(text))
-    parse(load_shape(name), [load_shape(name).begin, text])
+    parse(load_format(name), list(text))
+    parse(load_format(name), [load_format(name).begin, text])
 
 
 def test_scanner() -> None:
     for text in ('{"a": "}\\"}"}', "{}", '{"a": [{"b": "\\\\"}]}'):
         for at in range(len(text)):
-            scanner = ObjectScanner()
-            assert scanner.scan(text[:at]) == at
-            assert scanner.scan(text[at:] + "}") == len(text) - at
-            assert scanner.done
+            reader = JsonReader()
+            assert reader.read(text[:at]) == (at, text[:at])
+            assert reader.read(text[at:] + "}") == (len(text) - at, text[at:])
+            assert reader.done
 
 
-def make_arguments() -> dict[str, str]:
-    return {name: make_json_rule(WEATHER, param="tools") for name in NAMES}
+def make_functions() -> list[Signature]:
+    return [Signature(name, WEATHER) for name in NAMES]
+
+
+SCHEMAS: dict[str, dict] = {name: WEATHER for name in NAMES}
 
 
 def restless(history):
@@ -168,14 +225,14 @@ def restless(history):
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("parallel", [True, False])
 def test_required_calls_are_well_formed_whatever_the_model_says(name: str, parallel: bool) -> None:
-    shape = load_shape(name)
-    rules = "start: reply\n" + make_calls_grammar(shape, make_arguments(), required=True, parallel=parallel)
+    shape = load_format(name)
+    rules = "start: reply\n" + shape.make_grammar(make_functions(), required=True, parallel=parallel)
     engine = make_engine(LIMITS, restless)
     for seed in range(8):
         engine.add(make_request(f"{seed}", f"p{seed}", grammar=COMPILER.compile(rules), seed=seed))
     counts = []
     for output in run_all(engine).values():
-        content, calls = parse(shape, list(output.text))
+        content, calls = parse(shape, list(output.text), SCHEMAS)
         assert content == ""
         complete = calls if output.finish_reason == "stop" else calls[:-1]
         for called, arguments in complete:
@@ -190,8 +247,8 @@ def test_required_calls_are_well_formed_whatever_the_model_says(name: str, paral
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_text_is_free_until_a_call_begins(name: str) -> None:
-    shape = load_shape(name)
-    rules = "start: reply\n" + make_calls_grammar(shape, make_arguments(), required=False, parallel=True)
+    shape = load_format(name)
+    rules = "start: reply\n" + shape.make_grammar(make_functions(), required=False, parallel=True)
     grammar = COMPILER.compile(rules)
     for text in ("Just text, < and {.", "", write(shape, "" if shape.whole else "Well:\n", [("a", {"city": "Oslo"})])):
         engine = make_talking_engine(text, LIMITS, "@@")
@@ -200,7 +257,7 @@ def test_text_is_free_until_a_call_begins(name: str) -> None:
     broken = shape.begin + "nonsense"
     engine = make_talking_engine(broken, LIMITS, "@@")
     engine.add(make_request("r", "hi@@", grammar=grammar, temperature=0, max_tokens=300))
-    content, calls = parse(shape, [run_all(engine)["r"].text])
+    content, calls = parse(shape, [run_all(engine)["r"].text], SCHEMAS)
     assert content == ""
     assert {called for called, _ in calls} <= set(NAMES)
 
@@ -208,4 +265,4 @@ def test_text_is_free_until_a_call_begins(name: str) -> None:
 @pytest.mark.parametrize("name", ["", "nowhere", "../x", "hermes.x"])
 def test_unknown_formats(name: str) -> None:
     with pytest.raises(PackageInvalid, match="is not known here"):
-        load_shape(name)
+        load_format(name)

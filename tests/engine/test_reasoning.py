@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_engines import TOKENIZER, make_engine, make_request, make_talking_engine, run_all
-from test_calls import LIMITS, cut, make_arguments, restless, write
+from test_calls import LIMITS, cut, make_functions, restless, write
 
 from engine.core import Output, Usage
 from engine.sampling.grammar import (
@@ -18,13 +18,13 @@ from engine.sampling.grammar import (
     make_json_grammar,
     make_regex_grammar,
 )
-from engine.text.calls import Piece, load_shape, make_calls_grammar
+from engine.text.calls import Piece, load_format
 from engine.text.reading import Reading, ReplyReader
 from engine.text.reasoning import Thinking, add_thinking, find_thinking
 
 COMPILER = GrammarCompiler(TOKENIZER)
 FREE, OPENED = Thinking("think"), Thinking("think", opened=True)
-SHAPE = load_shape("hermes")
+SHAPE = load_format("hermes")
 
 
 def read(reading: Reading, chunks: list[str]) -> dict[str, str]:
@@ -118,7 +118,7 @@ def test_constrained_after_thoughts(grammar: str, thinking: Thinking) -> None:
 @pytest.mark.parametrize("thinking", [FREE, OPENED])
 def test_calls_after_thoughts(required: bool, thinking: Thinking) -> None:
     not_first = "" if thinking.opened else thinking.begin
-    rules = make_calls_grammar(SHAPE, make_arguments(), required=required, parallel=True, not_first=not_first)
+    rules = SHAPE.make_grammar(make_functions(), required=required, parallel=True, not_first=not_first)
     grammar = COMPILER.compile(add_thinking("start: reply\n" + rules, thinking))
     begin = "" if thinking.opened else "<think>"
     call = write(SHAPE, "" if required else "So: ", [("a", {"city": "Oslo"})])

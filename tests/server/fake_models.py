@@ -24,7 +24,7 @@ from engine.core import Limits, SamplingParams
 from engine.engine import Engine
 from engine.model import LoadedModel
 from engine.runtime.fake import FakeExecutor
-from engine.text.calls import load_shape
+from engine.text.calls import load_format
 from engine.text.tokenizer import Tokenizer, load_tokenizer
 from engine.thread import EngineThread
 
@@ -97,6 +97,6 @@ def load_fake(
         1_700_000_000,
         engine,
         SamplingParams(temperature=0.0),
-        load_shape("hermes"),
+        load_format("hermes"),
         reasoning,
     )

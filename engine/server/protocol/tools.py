@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,12 +10,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from engine.errors import InvalidRequest
-from engine.sampling.grammar import make_json_rule
-from engine.text.calls import Piece, Shape, make_calls_grammar
+from engine.text.calls import NAME, CallFormat, Piece, Signature
 
 STRICT = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 MAX_TOOLS = 128
-NAME = re.compile(r"[a-zA-Z0-9_.:/-]{1,128}")
 
 
 class Function(BaseModel):
@@ -110,29 +107,28 @@ def _check_names(names: Sequence[str]) -> None:
         raise _refuse("two tools have the same name", "give each its own", "tools")
 
 
-def make_tools_grammar(choice: ToolChoice, shape: Shape | None, *, not_first: str = "") -> str | None:
+def make_tools_grammar(choice: ToolChoice, form: CallFormat | None, *, not_first: str = "") -> str | None:
     """The grammar of a reply that may call `choice.tools`, or else begins unlike `not_first`; None without tools.
 
     Raises InvalidRequest when the model cannot call tools, or for parameters that are no schema of an object.
     """
     if not choice.tools:
         return None
-    if shape is None:
+    if form is None:
         raise _refuse("this model cannot call tools", "leave tools out, or send tool_choice none", "tools")
-    arguments = {function.name: _make_rule(function) for function in choice.tools}
-    rules = make_calls_grammar(
-        shape, arguments, required=choice.required, parallel=choice.parallel, not_first=not_first
-    )
+    functions = [make_signature(function) for function in choice.tools]
+    rules = form.make_grammar(functions, required=choice.required, parallel=choice.parallel, not_first=not_first)
     return f"start: reply\n{rules}"
 
 
-def _make_rule(function: Function) -> str:
+def make_signature(function: Function) -> Signature:
+    """What the engine must know of a function. Raises InvalidRequest for parameters that are no object's."""
     schema = function.parameters
     if schema is None:  # as OpenAI has it: a function without parameters
         schema = {"type": "object", "properties": {}, "additionalProperties": False}
     if schema.get("type", "object") != "object":
         raise _refuse(f"the parameters of {function.name!r} are not of type object", "describe an object", "tools")
-    return make_json_rule({"type": "object", **schema}, param="tools", lenient=not function.strict)
+    return Signature(function.name, {"type": "object", **schema}, lenient=not function.strict)
 
 
 def _refuse(message: str, hint: str, param: str) -> InvalidRequest:
@@ -148,7 +144,7 @@ def make_call_delta(piece: Piece) -> ToolCallDelta:
     """A piece of kind call or arguments as a chunk has it."""
     if piece.kind == "call":
         function = FunctionDelta(name=piece.text, arguments="")
-        return ToolCallDelta(index=piece.index, id=make_call_id(), type="function", function=function)
+        return ToolCallDelta(index=piece.index, id=piece.id or make_call_id(), type="function", function=function)
     return ToolCallDelta(index=piece.index, function=FunctionDelta(arguments=piece.text))
 
 
@@ -156,7 +152,7 @@ def make_calls(pieces: Sequence[Piece]) -> list[ReplyToolCall]:
     """The calls of a whole reply."""
     return [
         ReplyToolCall(
-            id=make_call_id(),
+            id=call.id or make_call_id(),
             type="function",
             function=ReplyFunction(
                 name=call.text,

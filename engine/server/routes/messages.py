@@ -119,7 +119,7 @@ class BlockStream:
         if piece.kind == "reasoning":  # nobody has asked for it: see make_chat
             return events
         if piece.kind == "call":
-            block = {"type": "tool_use", "id": make_call_id(), "name": piece.text, "input": {}}
+            block = {"type": "tool_use", "id": piece.id or make_call_id(), "name": piece.text, "input": {}}
             return self._start("tool_use", block)
         if piece.kind == "arguments":
             delta = {"type": "input_json_delta", "partial_json": piece.text}
