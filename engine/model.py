@@ -31,6 +31,11 @@ class LoadedModel:
     form: CallFormat | None = None
     reasoning: str | None = None
 
+    @property
+    def thinks(self) -> bool:
+        """Whether its replies may have thoughts."""
+        return self.reasoning is not None or (self.form is not None and self.form.channels)
+
 
 def load_model(
     path: Path,

@@ -96,13 +96,15 @@ def make_reply_grammar(body: ChatRequest, model: LoadedModel, thinking: Thinking
     calls = make_tools_grammar(choice, model.form, not_first=not_first)
     wanted = output if calls is None else (calls, "tools")
     if either and output is not None and calls is not None and model.form is not None:
-        if model.form.whole:  # its calls look like structured output
+        if model.form.whole or model.form.channels:  # its calls look like structured output, or begin alike
             raise InvalidRequest(
                 f"{output[1]} does not go with tools that this model may call or not",
                 hint="send tool_choice none or required",
                 param=output[1],
             )
         wanted = add_alternative(calls, output[0]), output[1]
+    elif output is not None and calls is None and model.form is not None:
+        wanted = model.form.make_answer_grammar(output[0]), output[1]
     return wanted if wanted is None or thinking is None else (add_thinking(wanted[0], thinking), wanted[1])
 
 
@@ -111,7 +113,7 @@ def get_variables(body: ChatRequest, model: LoadedModel) -> dict[str, Any]:
     variables = dict(body.chat_template_kwargs or {})
     if taken := sorted(variables.keys() & {"messages", "tools", "add_generation_prompt"}):
         raise InvalidRequest(f"{taken[0]} is no free name", hint="leave it out", param="chat_template_kwargs")
-    if body.reasoning_effort not in (None, "none") and model.reasoning is None:
+    if body.reasoning_effort not in (None, "none") and not model.thinks:
         raise InvalidRequest("this model does not think", hint="leave it out", param="reasoning_effort")
     if body.reasoning_effort is not None:
         effort = body.reasoning_effort

@@ -104,6 +104,8 @@ class CallFormat(Protocol):
         self, functions: Sequence[Signature], *, required: bool, parallel: bool, not_first: str = ""
     ) -> str: ...
 
+    def make_answer_grammar(self, grammar: str) -> str: ...
+
     def make_parser(self, schemas: Mapping[str, Schema]) -> CallParser: ...
 
     def get_marks(self) -> str: ...
@@ -139,6 +141,10 @@ class Shape:
     ) -> str:
         """As make_calls_grammar."""
         return make_calls_grammar(self, functions, required=required, parallel=parallel, not_first=not_first)
+
+    def make_answer_grammar(self, grammar: str) -> str:
+        """A grammar of the answer as one of the reply: nothing stands around it."""
+        return grammar
 
     def make_parser(self, schemas: Mapping[str, Schema]) -> CallParser:
         """For one reply to a request whose functions have these parameters."""

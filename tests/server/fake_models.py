@@ -81,7 +81,12 @@ class Parrot:
 
 
 def load_fake(
-    *, name: str = "fake", queue_limit: int = 128, limits: Limits = LIMITS, reasoning: str | None = None
+    *,
+    name: str = "fake",
+    queue_limit: int = 128,
+    limits: Limits = LIMITS,
+    reasoning: str | None = None,
+    tool_format: str = "hermes",
 ) -> LoadedModel:
     """A loaded model without a package; one that is called sluggish takes its time to load."""
 
@@ -97,6 +102,6 @@ def load_fake(
         1_700_000_000,
         engine,
         SamplingParams(temperature=0.0),
-        load_format("hermes"),
+        load_format(tool_format),
         reasoning,
     )

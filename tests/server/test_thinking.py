@@ -120,3 +120,23 @@ def test_thoughts_then_calls_or_structure(thinker: openai.OpenAI) -> None:
     assert called.reasoning == structured.reasoning == "Let me see."
     assert [call.function.name for call in called.tool_calls] == ["now"]
     assert json.loads(structured.content) == {"a": 1}
+
+
+def test_channels() -> None:
+    """gpt-oss's thoughts have no tag, but a channel; every reply is read by it, with tools or without."""
+    thought = "say <|channel|>analysis<|message|>Let me see.<|end|><|start|>assistant"
+    with (
+        run_fake_server(tool_format="harmony") as running,
+        openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        plain = ask(client, f"{thought}<|channel|>final<|message|>Yes.", reasoning_effort="low").choices[0]
+        assert (plain.message.content, plain.message.reasoning) == ("Yes.", "Let me see.")
+        form = {"response_format": {"type": "json_object"}}
+        structured = ask(client, thought + '<|channel|>final<|message|>{"a": 1}', **form).choices[0]
+        assert (json.loads(structured.message.content), structured.message.reasoning) == ({"a": 1}, "Let me see.")
+        call = "<|channel|>commentary to=functions.now <|constrain|>json<|message|>{}"
+        called = ask(client, thought + call, tools=[NOW]).choices[0]
+        assert (called.finish_reason, called.message.reasoning) == ("tool_calls", "Let me see.")
+        assert [c.function.name for c in called.message.tool_calls] == ["now"]
+        with pytest.raises(openai.BadRequestError, match="does not go with tools"):
+            ask(client, "hi", tools=[NOW], **form)

@@ -139,6 +139,8 @@ class Message(BaseModel):
             value["tool_calls"] = [call.make_template_value() for call in self.tool_calls]
         if thoughts := self.reasoning_content or self.reasoning:
             value["reasoning_content"] = thoughts  # the name in templates
+            if not (self.content and self.tool_calls):
+                value["thinking"] = thoughts  # the name in gpt-oss's, which refuses it beside content and calls
         for key in ("name", "tool_call_id"):
             if (text := getattr(self, key)) is not None:
                 value[key] = text
