@@ -60,9 +60,14 @@ class Remote:
     def __init__(self, transport: Transport, label: str, *, readonly: bool = False) -> None:
         self._transport = transport
         self._label = label
-        self._readonly = readonly
+        self.readonly = readonly
         # What failed before, as one byte that forked workers share with us.
         self._state = mmap.mmap(-1, 1)
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether something went wrong so far, which was then said."""
+        return self._state[0] != SILENT
 
     def fetch(self, key: str, store: Store, report: Report) -> Record | None:
         """Bring the record of `key` and its blobs into `store`; None if the remote does not have all of it."""
@@ -92,7 +97,7 @@ class Remote:
 
     def push(self, record: Record, store: Store, report: Report) -> None:
         """Give the remote a record that `store` has: first its blobs, then the action result that speaks of them."""
-        if self._readonly or self._state[0] != SILENT:
+        if self.readonly or self._state[0] != SILENT:
             return
         data = make_canonical_json({"schema": SCHEMA, **asdict(record)}).encode()
         itself = Blob(RECORD, len(data), hashlib.sha256(data).hexdigest())

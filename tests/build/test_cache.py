@@ -198,7 +198,7 @@ def test_gc_beside_builds_harms_none(built: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("args", "text"),
     [
-        ([], "doit cache cannot ''\n  hint: doit cache stat|gc|verify|pin|unpin"),
+        ([], "doit cache cannot ''\n  hint: doit cache stat|gc|verify|pin|unpin|pull|push"),
         (["gc", "age=3"], "age=3 is not an amount\n  hint: a number and h, d, w: 2d"),
         (["gc", "size=3"], "size=3 is not an amount\n  hint: a number and MB, GB, TB: 2GB"),
         (["gc", "agee=3d"], "unknown variable 'agee'\n  hint: did you mean age?"),
