@@ -30,9 +30,10 @@ PRIVATE = Path("artifacts/.graph")
 
 
 class Report(Protocol):
-    """Tells the person at the terminal how far a step is: a short text, and the done fraction 0..1 when known."""
+    """Tells the person at the terminal how far a step is: a short text, the done fraction 0..1 and, where it is one of
+    bytes, how many there are in all."""
 
-    def __call__(self, text: str, fraction: float | None = None) -> None: ...
+    def __call__(self, text: str, fraction: float | None = None, size: int | None = None) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +74,8 @@ class Action:
 class Context:
     """What `run` receives: `inputs` are absolute paths to read, `outputs` scratch paths to make.
 
-    `report(text, fraction)` tells how far it is; `digest(path)` is the SHA-256 (hex) of a file, remembered, so that
-    large files need not be read again.
+    `report(text, fraction, size)` tells how far it is; `digest(path)` is the SHA-256 (hex) of a file, remembered, so
+    that large files need not be read again.
     """
 
     params: Mapping[str, Any]

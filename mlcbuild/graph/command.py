@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,14 @@ OPTIONS = (
         "long": "report",
         "type": str,
         "default": "",
-        "help": "write what was done and measured to this JSON file",
+        "help": "write what was done and measured to this JSON file, also if the build fails",
+    },
+    {
+        "name": "junit",
+        "long": "junit",
+        "type": str,
+        "default": "",
+        "help": "write a test case for each step to this JUnit XML file, for CI",
     },
     {
         "name": "no_snapshot",
@@ -118,7 +126,8 @@ class Build(Run):
         variables = _get_variables()
         root = Path(os.path.abspath(params["dodoFile"])).parent
         path = get_snapshot_path(root, variables)
-        if not (params["no_snapshot"] or params["always"] or params["report"]):
+        check_files([params["report"], params["junit"]])
+        if not (params["no_snapshot"] or params["always"] or params["report"] or params["junit"]):
             snapshot = load_fresh_snapshot(path, root)
             if snapshot is not None:
                 print("\n".join([describe_uptodate(snapshot.packages), *snapshot.skipped]))
@@ -126,17 +135,34 @@ class Build(Run):
         return self.build(params, variables, path)
 
     def build(self, params: Any, variables: dict[str, str], snapshot: Path) -> int:
-        """Load the tasks, run them, and show the packages."""
+        """Load the tasks, run them, and show the packages; write the reports, however it ends."""
+        check_variables(variables)
+        reporter, started = self.make_reporter(params), time.monotonic()
+        result, error = 3, ""  # of what doit itself refuses
+        try:
+            result = self.build_packages(params, variables, snapshot, reporter)
+        except KeyboardInterrupt:
+            result, error = INTERRUPTED, "interrupted"
+            raise
+        except Exception as refusal:
+            error = str(refusal)
+            raise
+        finally:
+            if reporter is not None:
+                seconds = time.monotonic() - started
+                write_reports(params, reporter, result, error, seconds)
+        return result
+
+    def build_packages(self, params: Any, variables: dict[str, str], snapshot: Path, reporter: Reporter | None) -> int:
+        """doit's exit code; after a success the packages are shown."""
         from doit.doit_cmd import set_var
 
         from mlcbuild.graph import summary
         from mlcbuild.graph.plan import get_plan
 
-        check_variables(variables)
         if not variables:
             set_var("matrix", "default")  # only its tasks are made
         started_ns = time.time_ns()
-        reporter = self.make_reporter(params)
         result = int(super().run(params, []) or 0)
         plan = get_plan()
         rows = [summary.load_row(plan.root, build) for build in plan.selected] if result == 0 else []
@@ -149,8 +175,6 @@ class Build(Run):
                 summary.print_rows(rows)
             for skip in plan.skipped:
                 print(skip)
-            if params["report"]:
-                summary.write_report(Path(params["report"]), result, reporter.lines, rows, plan.skipped)
         return result
 
     def make_reporter(self, params: Any) -> Reporter | None:
@@ -161,6 +185,42 @@ class Build(Run):
 
         params["reporter"] = Reporter(sys.stdout, {})
         return params["reporter"]  # type: ignore[no-any-return]
+
+
+def check_files(names: Sequence[str]) -> None:
+    """Raise InvalidCommand for a report that cannot be written: better now than after an hour."""
+    for path in (Path(name) for name in names if name):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)  # one of an earlier build would be taken for that of this one
+            path.touch()
+            path.unlink()
+        except OSError as error:
+            raise InvalidCommand(
+                f"the report {path} cannot be written: {error.strerror}\n  hint: --report FILE, --junit FILE"
+            ) from None
+
+
+def write_reports(params: Any, reporter: Reporter, result: int, error: str, seconds: float) -> None:
+    """The files of --report and --junit."""
+    if not (params["report"] or params["junit"]):
+        return
+    from mlcbuild.graph import report, summary
+    from mlcbuild.graph.explain import list_needed
+    from mlcbuild.graph.plan import find_plan
+    from mlcbuild.graph.reporter import Line
+
+    plan = find_plan()  # none if a recipe could not be read
+    steps, rows = list(reporter.lines), []
+    if plan is not None:
+        ended = {(line.step, line.name) for line in steps}
+        rest = [action for action in list_needed(plan) if (action.step, action.name) not in ended]
+        steps += [Line(action.step, action.name, report.NOT_RUN, 0.0) for action in rest]
+        rows = [summary.load_row(plan.root, build) for build in plan.selected] if result == 0 else []
+    whole = report.Report(result, error, seconds, steps, rows, plan.skipped if plan is not None else ())
+    for name, write in ((params["report"], report.write_json), (params["junit"], report.write_junit)):
+        if name:
+            write(Path(name), whole)
 
 
 def take_settings(*, offline: bool) -> None:

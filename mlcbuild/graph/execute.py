@@ -26,6 +26,7 @@ from mlcbuild.graph.action import (
     PRIVATE,
     Action,
     Context,
+    Report,
     get_provenance_path,
     make_key,
     make_specification,
@@ -46,11 +47,14 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """How an action ended: `status` is ok (it was current), hit (restored), remote hit (restored from the remote
-    cache) or run; `seconds` it took just now."""
+    cache) or run; `seconds` it took just now; `bytes` of its outputs; `saved`: seconds that it ran where it was run,
+    if it was restored."""
 
     status: str
     key: str
     seconds: float
+    bytes: int = 0
+    saved: float = 0.0
 
 
 class Workspace:
@@ -192,8 +196,10 @@ def execute(action: Action, root: Path) -> Outcome:
             if not settings.always and workspace.is_current(action, key):
                 return Outcome("ok", key, time.perf_counter() - started)
             with workspace.store.lock(key), workspace.open_scratch(action) as scratch:
-                status = _make(workspace, action, key, specification, scratch)
-            return Outcome(status, key, time.perf_counter() - started)
+                record, status = _make(workspace, action, key, specification, scratch)
+            size = sum(blob.size for blobs in record.outputs.values() for blob in blobs)
+            saved = 0.0 if status == "run" else record.seconds
+            return Outcome(status, key, time.perf_counter() - started, size, saved)
     except Exception as error:
         if is_disk_full(error):
             raise StoreError(
@@ -203,19 +209,22 @@ def execute(action: Action, root: Path) -> Outcome:
         raise
 
 
-def _make(workspace: Workspace, action: Action, key: str, specification: dict[str, Any], scratch: Path) -> str:
-    """Restore or run into `scratch`, then place the outputs: "hit", "remote hit" or "run"."""
+def _make(
+    workspace: Workspace, action: Action, key: str, specification: dict[str, Any], scratch: Path
+) -> tuple[Record, str]:
+    """Restore or run into `scratch`, then place the outputs: their record, and "hit", "remote hit" or "run"."""
+    report = functools.partial(settings.tell, action.task)
     outputs = {name: scratch / "out" / name / path.name for name, path in action.outputs.items()}
     from mlcbuild.graph.remote import get_remote
 
     remote = get_remote()
-    record, status = _restore(workspace.store, remote, key, outputs)
+    record, status = _restore(workspace.store, remote, key, outputs, report)
     if record is None:
         started = time.perf_counter()
         remove(scratch / "out")
         for path in outputs.values():
             path.parent.mkdir(parents=True)
-        _run(workspace, action, outputs)
+        _run(workspace, action, outputs, report)
         blobs = {name: make_blobs(name, path, workspace.memo) for name, path in outputs.items()}
         record = Record(key, specification, blobs, time.perf_counter() - started)
         workspace.store.save(record, outputs)
@@ -223,18 +232,20 @@ def _make(workspace: Workspace, action: Action, key: str, specification: dict[st
         _place(path, workspace.root / action.outputs[name], scratch / f"old-{name}")
     workspace.save_state(action, record)
     if remote is not None and status == "run":
-        remote.push(record, workspace.store, settings.report)
-    return status
+        remote.push(record, workspace.store, report)
+    return record, status
 
 
-def _restore(store: Store, remote: Remote | None, key: str, outputs: Mapping[str, Path]) -> tuple[Record | None, str]:
+def _restore(
+    store: Store, remote: Remote | None, key: str, outputs: Mapping[str, Path], report: Report
+) -> tuple[Record | None, str]:
     """The record of `key` with its files at `outputs`, and where it came from; None and "run" when nobody has it."""
     if settings.always:
         return None, "run"
     record = store.load_record(key)
     if record is not None and store.restore(record, outputs):
         return record, "hit"
-    record = remote.fetch(key, store, settings.report) if remote is not None else None
+    record = remote.fetch(key, store, report) if remote is not None else None
     if record is not None:
         for path in outputs.values():
             remove(path)  # what a damaged record of our own has left
@@ -243,9 +254,9 @@ def _restore(store: Store, remote: Remote | None, key: str, outputs: Mapping[str
     return None, "run"
 
 
-def _run(workspace: Workspace, action: Action, outputs: dict[str, Path]) -> None:
+def _run(workspace: Workspace, action: Action, outputs: dict[str, Path], report: Report) -> None:
     inputs = {name: workspace.root / get_location(path) for name, path in action.inputs.items()}
-    context = Context(action.params, inputs, outputs, settings.report, workspace.memo.get_file_digest)
+    context = Context(action.params, inputs, outputs, report, workspace.memo.get_file_digest)
     importlib.import_module(action.module).run(context)
 
 

@@ -140,6 +140,11 @@ def get_plan() -> Plan:
     return _plans[-1]
 
 
+def find_plan() -> Plan | None:
+    """As get_plan, None if dodo.py could not make one."""
+    return _plans[-1] if _plans else None
+
+
 def load_tasks(root: Path) -> dict[str, Any]:
     """Everything that dodo.py defines: task creators and DOIT_CONFIG. Mistakes end doit with a message and exit 3."""
     from doit.exceptions import InvalidDodoFile

@@ -105,7 +105,7 @@ class Remote:
         done, total = 0, sum(blob.size for blob in blobs) or 1
         try:
             for blob in blobs:
-                report("to the remote cache", done / total)
+                report("to the remote cache", done / total, total)
                 self._save_blob(blob, store)
                 done += blob.size
             self._try(lambda: self._transport.save(f"cas/{itself.sha256}", data))
@@ -135,7 +135,7 @@ class Remote:
         blobs = list_blobs(record)
         done, total = 0, sum(blob.size for blob in blobs) or 1
         for blob in blobs:
-            report("from the remote cache", done / total)
+            report("from the remote cache", done / total, total)
             if not store.has_blob(blob) and not self._try(functools.partial(self._load_blob, blob, store)):
                 return False
             done += blob.size

@@ -7,10 +7,8 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mlcbuild.graph.action import Report
 
-
-def ignore_report(text: str, fraction: float | None = None) -> None:
+def ignore_report(*said: object) -> None:
     """A Report for nobody."""
 
 
@@ -21,12 +19,13 @@ def write_warning(text: str) -> None:
 
 @dataclass
 class Settings:
-    """`always`: run even what is current or in the store. `report`: where the running step says how far it is.
+    """`always`: run even what is current or in the store. `tell`: where the step that runs as the named doit
+    task says how far it is (see Report in action.py).
     `warn`: where something is said that does not fail the build. `remote`: URL of the remote cache, "" for the one of
     MLCBUILD_REMOTE. `offline`: neither remote cache nor downloads."""
 
     always: bool = False
-    report: Report = ignore_report
+    tell: Callable[..., None] = ignore_report
     warn: Callable[[str], None] = write_warning
     remote: str = ""
     offline: bool = False

@@ -1,12 +1,12 @@
-"""What a build has made: one row per package from its manifest and record, as a table, as JSON, and as a snapshot."""
+"""What a build has made: one row per package from its manifest and record, as a table and as a snapshot."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +18,8 @@ from mlcbuild.graph.settings import SIGNATURE, SIGNING_KEY
 from mlcbuild.graph.snapshot import make_snapshot, save_snapshot
 
 if TYPE_CHECKING:
-    from mlcbuild.graph.plan import Build, Plan, Skip
-    from mlcbuild.graph.reporter import Line
+    from mlcbuild.graph.plan import Build, Plan
 
-REPORT_SCHEMA = 1
 PLAIN_WIDTH = 200  # columns of the table where there is no terminal
 
 
@@ -104,20 +102,6 @@ def show_size(size: int) -> str:
     while value >= 999.5:
         value, unit = value / 1000, next(units)
     return f"{value:.3g} {unit}"
-
-
-def write_report(path: Path, result: int, lines: list[Line], rows: list[Row], skipped: Sequence[Skip]) -> None:
-    """The JSON file of `--report`: exit code, every step with status and seconds, every package with its figures, what
-    was skipped."""
-    report = {
-        "schema": REPORT_SCHEMA,
-        "exit_code": result,
-        "steps": [asdict(line) for line in lines],
-        "packages": [asdict(row) for row in rows],
-        "skipped": [asdict(skip) for skip in skipped],
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def save_snapshot_of(plan: Plan, path: Path, started_ns: int) -> None:

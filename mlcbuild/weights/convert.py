@@ -34,9 +34,9 @@ LARGE = 31 << 20  # bytes; below glibc's largest dynamic threshold of 32 MiB
 
 
 class Report(Protocol):
-    """Tells the user how far a step is; `fraction` is 0..1."""
+    """Tells the user how far a step is; `fraction` is 0..1, `size` the bytes of which it is one."""
 
-    def __call__(self, text: str, fraction: float | None = None) -> None: ...
+    def __call__(self, text: str, fraction: float | None = None, size: int | None = None) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,8 @@ def convert_weights(
     destination.mkdir(parents=True, exist_ok=True)
     with ShardWriter(destination, specs, weights) as writer:
         plan = Plan(checkpoint, quantization, get_method(quantization.method), get_layout(layout), writer)
-        run_blocks(plan, list(make_blocks(weight_map)), weights, report)
+        size = sum(spec.nbytes for spec in specs.values())
+        run_blocks(plan, list(make_blocks(weight_map)), weights, size, report)
 
 
 def load_weight_map(source: Path, family: str) -> WeightMap:
@@ -115,15 +116,15 @@ def make_blocks(weight_map: WeightMap) -> Iterator[Block]:
             yield Block(entry, start, min(start + step, rows))
 
 
-def run_blocks(plan: Plan, blocks: list[Block], weights: int, report: Report) -> None:
-    """Convert all blocks on a few threads and report each whole percent."""
+def run_blocks(plan: Plan, blocks: list[Block], weights: int, size: int, report: Report) -> None:
+    """Convert all blocks on a few threads into `size` bytes and report each whole percent."""
     keep_freed_memory()
     done, told = 0, -1
     for block in run_ahead(plan, blocks, min(MOST_THREADS, os.cpu_count() or 1)):
         done += (block.stop - block.start) * math.prod(block.entry.shape[1:])
         if done * 100 // weights > told:
             told = done * 100 // weights
-            report(block.entry.name, done / weights)
+            report(block.entry.name, done / weights, size)
 
 
 def keep_freed_memory() -> None:

@@ -105,7 +105,7 @@ def copy_folder(folder: Path | None, destination: Path, report: Report) -> None:
     files = [path for path in sorted(folder.iterdir()) if path.is_file() and is_needed(path.name)]
     total, done = sum(path.stat().st_size for path in files), 0
     for path in files:
-        report(path.name, done / max(1, total))
+        report(path.name, done / max(1, total), total)
         try:
             shutil.copyfile(path, destination / path.name)
         except OSError as error:

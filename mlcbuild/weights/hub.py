@@ -97,7 +97,7 @@ def make_progress(repo: str, report: Report) -> type[Any]:
         def update(self, n: float | None = 1) -> bool | None:
             moved = super().update(n)
             if self.unit == "B" and self.total:
-                report(repo, min(1.0, self.n / self.total))
+                report(repo, min(1.0, self.n / self.total), int(self.total))
             return bool(moved)
 
         def close(self) -> None:

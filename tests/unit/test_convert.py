@@ -76,7 +76,11 @@ def source(tmp_path):
 def run(source, quantization=Q4F16, layout="canonical", family="small", reports=None):
     destination = source.parent / f"{quantization.name}-{layout}"
     told = reports if reports is not None else []
-    convert_weights(source, destination, family, quantization, layout, lambda text, part=None: told.append(part))
+
+    def report(text, part=None, size=None):
+        told.append(part)
+
+    convert_weights(source, destination, family, quantization, layout, report)
     return destination
 
 

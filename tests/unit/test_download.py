@@ -138,7 +138,11 @@ def hub(tmp_path, monkeypatch):
 def download(destination, revision=COMMIT, config=CONFIG, lock=None, reports=None):
     told = reports if reports is not None else []
     source = Source(repo=REPO, revision=revision)
-    return run_download(source, config, destination, lambda text, part=None: told.append((text, part)), lock=lock)
+
+    def report(text, part=None, size=None):
+        told.append((text, part))
+
+    return run_download(source, config, destination, report, lock=lock)
 
 
 def test_only_needed_files_come_and_are_recorded(hub, tmp_path):

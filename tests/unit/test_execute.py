@@ -282,9 +282,9 @@ def test_progress_reaches_the_reporter(checkout: Path, monkeypatch: pytest.Monke
     said: list[str] = []
     module = checkout.parent / "modules" / "fakesteps" / "convert.py"
     module.write_text(module.read_text().replace('    log("run "', '    ctx.report("half way", 0.5)\n    log("run "'))
-    monkeypatch.setattr(settings, "report", lambda text, fraction=None: said.append(f"{text} {fraction}"))
+    monkeypatch.setattr(settings, "tell", lambda task, text, fraction: said.append(f"{task} {text} {fraction}"))
     run(checkout)
-    assert said == ["half way 0.5"]
+    assert said == ["convert:tiny/q4 half way 0.5"]
 
 
 def run_in_child(root: Path, what: str, statuses: multiprocessing.Queue[str]) -> None:
