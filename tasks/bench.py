@@ -1,10 +1,11 @@
-"""bench: how fast a package runs on this machine, beside a read of its weights in the same rounds."""
+"""bench: how fast a package runs on this machine, beside its memory, its multipliers and other programs."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,20 +13,29 @@ from mlcbuild.errors import MlcbuildError
 from mlcbuild.graph.plan import make_package_task
 
 if TYPE_CHECKING:
-    from engine.bench.speed import Figure
+    from engine.artifact import Package
+    from engine.bench.peers import Peer
+    from engine.bench.speed import Roofline, Speed
     from engine.runtime.tvm_executor import TvmExecutor
 
-VARIABLES = {"rounds": "rounds of every case, 5"}
+VARIABLES = {
+    "rounds": "rounds of every case, 5",
+    "peer": "programs to compare with, installed when needed: llama.cpp,openvino",
+    "plot": "write a roofline plot, .svg or .png",
+}
 
 
 def task_bench() -> dict[str, Any]:
-    """measure a package's speed on this machine"""
+    """measure a package's speed on this machine (peer=llama.cpp,openvino: beside others')"""
     return make_package_task(run_bench)
 
 
 def run_bench(package: Path, variables: Mapping[str, str]) -> None:
     """Print the figures of one package and write artifacts/reports/bench-<package>.json."""
     from engine.artifact import open_package
+    from engine.bench.cases import make_cases
+    from engine.bench.plot import check_plot
+    from engine.bench.roofline import write_roofline
     from engine.bench.speed import measure_speed, to_record
     from engine.runtime.tvm_executor import TvmExecutor
     from mlcbuild.quality.speed import describe_machine
@@ -33,74 +43,117 @@ def run_bench(package: Path, variables: Mapping[str, str]) -> None:
     rounds = variables.get("rounds", "5")
     if not rounds.isdigit() or int(rounds) < 1:
         raise MlcbuildError(f"rounds={rounds} is not a positive number", hint="doit bench rounds=5")
+    plot = Path(variables["plot"]) if "plot" in variables else None
+    if plot is not None:
+        check_plot(plot)
     opened = open_package(package)
-    executor = TvmExecutor(opened)
-    read, reads = make_weight_reader(executor, opened.manifest.recipes["target"])
-    with show_progress() as report:
-        figures = measure_speed(executor, int(rounds), read, report)
-    bandwidth = executor.weight_bytes / (sum(reads) / len(reads)) / 1e9
-    record = {"variant": opened.manifest.variant, "rounds": int(rounds), "machine": describe_machine()}
-    record |= {"read_gb_per_s": bandwidth, "weight_bytes": executor.weight_bytes, "figures": to_record(figures)}
+    recipes = opened.manifest.recipes
+    with ExitStack() as stack:
+        peers = load_peers(variables.get("peer", ""), recipes["model"]["config"], stack)
+        executor = TvmExecutor(opened)
+        stack.callback(executor.close)
+        roofline = make_roofline(executor, opened)
+        report = stack.enter_context(show_progress())
+        speed = measure_speed(executor, int(rounds), roofline, report, peers)
+    record: dict[str, Any] = {"variant": opened.manifest.variant, "rounds": int(rounds), "machine": describe_machine()}
+    record |= {"read_gb_per_s": (speed.read_rate or 0) / 1e9, "peak_gops": (speed.compute_rate or 0) / 1e9}
+    record |= {"weight_bytes": roofline.weight_bytes, "peers": {name: peer.version for name, peer in peers.items()}}
+    record |= {"figures": to_record(speed.figures)}
     path = package.parents[1] / "reports" / f"bench-{package.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print_figures(record, figures)
+    print_figures(record, speed)
     print(f"written to {path.relative_to(package.parents[2])}")
+    if plot is not None:
+        cases = make_cases(executor.limits)
+        write_roofline(plot, make_title(record), speed, roofline, recipes["model"]["config"], cases)
+        print(f"plotted in {plot}")
 
 
-def make_weight_reader(executor: TvmExecutor, target: Mapping[str, Any]) -> tuple[Callable[[], float], list[float]]:
-    """A function that reads every weight once on all cores and returns the seconds, and the list of all its results."""
+def load_peers(names: str, config: Mapping[str, Any], stack: ExitStack) -> dict[str, Peer]:
+    """The peers of a comma list, closed with the stack; their model files are temporary."""
+    from tempfile import TemporaryDirectory
+
+    from engine.bench.peers import load_peer
+    from engine.runtime.tvm_executor import count_cores
+
+    peers: dict[str, Peer] = {}
+    for name in filter(None, names.split(",")):
+        folder = stack.enter_context(TemporaryDirectory(prefix="mlcbuild-peer-"))
+        peers[name] = load_peer(name, config, Path(folder), count_cores())
+        stack.callback(peers[name].close)
+    return peers
+
+
+def make_roofline(executor: TvmExecutor, package: Package) -> Roofline:
+    """Kernels for this target that read all weights, or multiply: int8 where the matmuls do, else float32."""
     import numpy as np
     import tvm
 
+    from engine.bench.speed import Roofline
+    from engine.runtime.memory import get_token_bytes
     from engine.runtime.tvm_executor import count_cores, make_aligned
     from mlcbuild.compiler.build import make_tvm_target
+    from mlcbuild.compiler.kernels.peak import OPERATIONS, make_peak
     from mlcbuild.compiler.kernels.read import make_read
     from mlcbuild.recipes.schema import Target
 
-    kernel = make_read(count_cores()).with_attr("global_symbol", "read")
-    where = make_tvm_target(Target.model_validate(target))
-    function = tvm.compile(tvm.IRModule({"read": kernel}), where)["read"]
-    sums = tvm.runtime.from_dlpack(make_aligned((count_cores(), 16), np.dtype("int32")))
+    library, cores = package.manifest.library, count_cores()
+    dtype = "int8" if library.layout == "x86-vnni-16x64" else "float32"
+    kernels = {"read": make_read(cores), "peak": make_peak(cores, dtype)}
+    where = make_tvm_target(Target.model_validate(package.manifest.recipes["target"]))
+    named = {name: kernel.with_attr("global_symbol", name) for name, kernel in kernels.items()}
+    module = tvm.compile(tvm.IRModule(named), where)
+    sums = tvm.runtime.from_dlpack(make_aligned((cores, 16), np.dtype("int32")))
+    peaks = make_aligned((cores, 16), np.dtype("int32" if dtype == "int8" else dtype))
+    totals = tvm.runtime.from_dlpack(peaks)
     blobs = [tvm.runtime.from_dlpack(a) for a in executor.get_weight_bytes()]
-    seconds: list[float] = []
+    read_kernel, peak_kernel, steps = module["read"], module["peak"], 4_000_000
 
     def read() -> float:
         start = time.perf_counter()
         for blob in blobs:
-            function(blob, sums)
-        seconds.append(time.perf_counter() - start)
-        return seconds[-1]
+            read_kernel(blob, sums)
+        return time.perf_counter() - start
 
-    return read, seconds
+    def compute() -> float:
+        start = time.perf_counter()
+        peak_kernel(steps, totals)
+        return time.perf_counter() - start
+
+    operations = steps * OPERATIONS[dtype] * cores
+    return Roofline(read, compute, executor.weight_bytes, get_token_bytes(library), operations)
 
 
+@contextmanager
 def show_progress() -> Any:
     """A context whose value is `report(text, fraction)`: a status line on a terminal, nothing elsewhere."""
-    from contextlib import contextmanager
-
     from rich.console import Console
 
-    @contextmanager
-    def status() -> Any:
-        with Console(stderr=True).status("load") as line:
-            yield lambda text, fraction=None: line.update(text)
-
-    return status()
+    with Console(stderr=True).status("load") as line:
+        yield lambda text, fraction=None: line.update(text)
 
 
-def print_figures(record: Mapping[str, Any], figures: list[Figure]) -> None:
-    """A table of the figures: tokens per second, and the share of the read roofline of the decode steps."""
+def make_title(record: Mapping[str, Any]) -> str:
+    """What was measured, where, and what the machine did meanwhile."""
+    machine = record["machine"]
+    limits = f"reads {record['read_gb_per_s']:.1f} GB/s, multiplies {record['peak_gops']:.0f} G operations/s"
+    return f"{record['variant']} on {machine['cpu']}, {machine['threads']} threads ({limits})"
+
+
+def print_figures(record: Mapping[str, Any], speed: Speed) -> None:
+    """A table of the figures: tokens per second, the share of the read roofline, and every peer's with our ratio."""
     from rich.console import Console
     from rich.table import Table
 
-    machine = record["machine"]
-    title = f"{record['variant']} on {machine['cpu']}, {machine['threads']} threads; weights read at "
-    table = Table(title=f"{title}{record['read_gb_per_s']:.1f} GB/s", title_justify="left")
+    table = Table(title=make_title(record), title_justify="left")
     table.add_column("what")
-    for name in ("tokens/s", "slowest", "fastest", "of the read roofline"):
-        table.add_column(name, justify="right")
-    for f in figures:
+    for name in ("tokens/s", "slowest", "fastest", "of roofline", *record["peers"]):
+        table.add_column(name, justify="right", no_wrap=True)
+    for f in speed.figures:
         share = "" if f.roofline is None else f"{f.roofline:.2f}"
-        table.add_row(f.name, f"{f.rate:.1f}", f"{f.slowest:.1f}", f"{f.fastest:.1f}", share)
+        theirs = [f"{p.rate:.1f}, {p.ratio:.2f} x" for p in f.peers.values()]
+        table.add_row(f.name, f"{f.rate:.1f}", f"{f.slowest:.1f}", f"{f.fastest:.1f}", share, *theirs)
+    for version in record["peers"].values():
+        table.caption = f"{table.caption}; {version}" if table.caption else version
     Console().print(table)

@@ -19,7 +19,7 @@ def check_plot(path: Path) -> None:
     if path.suffix not in KINDS:
         raise InvalidSetting(f"plot={path} is no kind of picture", hint=f"plot={path.with_suffix(KINDS[0])}")
     if find_spec("matplotlib") is None:
-        raise InvalidSetting("a plot needs matplotlib", hint="MLCBUILD_EXTRAS=plot ./doit bench-serve plot=...")
+        raise InvalidSetting("a plot needs matplotlib", hint="MLCBUILD_EXTRAS=plot ./doit list")
 
 
 def write_plot(path: Path, samples: Sequence[Sample], title: str) -> None:

@@ -13,14 +13,17 @@ if TYPE_CHECKING:
     from mlcbuild.quality.references import Report
 
 ROUNDS = 3
+LONGEST, LARGEST = 512, 16  # prompt and batch: a build should not wait for more
 
 
 def measure_package_speed(executor: Executor, report: Report) -> dict[str, Any]:
     """Tokens per second (medians): `prefill` of the longest prompt that was timed, `decode` of one sequence, every
     figure of engine.bench.speed, and the machine. Writes into the KV pages."""
+    from engine.bench.cases import make_cases
     from engine.bench.speed import measure_speed, to_record
 
-    figures = to_record(measure_speed(executor, ROUNDS, report=report))
+    cases = [c for c in make_cases(executor.limits) if c.tokens <= LONGEST and c.sequences <= LARGEST]
+    figures = to_record(measure_speed(executor, ROUNDS, report=report, cases=cases).figures)
     rates = {figure["name"]: figure["rate"] for figure in figures}
     prefills = [name for name in rates if name.startswith("prefill")]
     return {

@@ -1,0 +1,150 @@
+"""llama.cpp through llama-cpp-python's C interface: random Q4_0 weights, its own defaults otherwise.
+
+Every matrix is Q4_0, the head too (llama-quantize would take Q6_K for it, and read a tenth more for each token). Flash
+attention, weight repacking and the f16 cache are its defaults; `n_threads` is ours.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from engine.bench.cases import Case
+
+BLOCK = 32  # weights of a Q4_0 block: a float16 scale and 16 bytes
+BLOCK_BYTES = 18
+CHUNK = 2048  # tokens of one call
+
+
+class LlamaCpp:
+    """See peers.Peer. A context per number of sequences, made when it is first needed."""
+
+    def __init__(self, config: Mapping[str, Any], folder: Path, threads: int) -> None:
+        import llama_cpp
+
+        self._api, self._threads, self._vocab = llama_cpp, threads, config["vocab_size"]
+        self._quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)  # kept: the library holds it
+        llama_cpp.llama_log_set(self._quiet, ctypes.c_void_p(0))
+        llama_cpp.llama_backend_init()
+        path = folder / "random.gguf"
+        write_model(config, path)
+        self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
+        if not self._model:
+            raise RuntimeError(f"llama.cpp cannot load {path}")
+        self._contexts: dict[int, Any] = {}  # by number of sequences
+        self._held: dict[int, int] = {}  # tokens of each sequence that its cache starts with
+
+    @property
+    def version(self) -> str:
+        """llama-cpp-python's version."""
+        return f"llama.cpp (llama-cpp-python {self._api.__version__}), Q4_0"
+
+    def prepare(self, case: Case) -> None:
+        """Run tokens until the cache holds the context."""
+        have = min(self._held.get(case.sequences, 0), case.context)
+        self._forget(case.sequences, have)
+        for start in range(have, case.context, CHUNK // case.sequences):
+            self._decode(case.sequences, min(CHUNK // case.sequences, case.context - start), start)
+        self._held[case.sequences] = case.context
+
+    def run(self, case: Case) -> None:
+        """llama_decode; tokens after the context are forgotten first."""
+        self._forget(case.sequences, case.context)
+        self._decode(case.sequences, case.tokens, case.context)
+
+    def _forget(self, sequences: int, keep: int) -> None:
+        memory = self._api.llama_get_memory(self._get_context(sequences))
+        for row in range(sequences):
+            self._api.llama_memory_seq_rm(memory, row, keep, -1)
+
+    def close(self) -> None:
+        """Free contexts and model."""
+        for context in self._contexts.values():
+            self._api.llama_free(context)
+        self._api.llama_model_free(self._model)
+
+    def _get_context(self, sequences: int) -> Any:
+        if sequences not in self._contexts:
+            params = self._api.llama_context_default_params()
+            params.n_seq_max, params.n_ctx = sequences, sequences * (4096 if sequences == 1 else 1024)
+            params.n_batch, params.n_threads, params.n_threads_batch = CHUNK, self._threads, self._threads
+            context = self._api.llama_init_from_model(self._model, params)
+            if not context:
+                raise RuntimeError(f"llama.cpp makes no context for {sequences} sequences")
+            self._contexts[sequences] = context
+        return self._contexts[sequences]
+
+    def _decode(self, sequences: int, tokens: int, start: int) -> None:
+        context, n = self._get_context(sequences), sequences * tokens
+        batch = self._api.llama_batch_init(n, 0, 1)
+        batch.n_tokens = n
+        for i in range(n):
+            row, step = divmod(i, tokens)
+            batch.token[i], batch.pos[i] = i % self._vocab, start + step
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, row
+            batch.logits[i] = step == tokens - 1
+        status = self._api.llama_decode(context, batch)
+        self._api.llama_synchronize(context)
+        self._api.llama_batch_free(batch)
+        if status:
+            raise RuntimeError(f"llama_decode of {sequences} x {tokens} tokens after {start}: status {status}")
+
+
+def write_model(config: Mapping[str, Any], path: Path) -> None:
+    """A GGUF file of the shape with random weights and no vocabulary."""
+    from gguf import GGMLQuantizationType, GGUFWriter
+
+    family, hidden, heads = config["model_type"], config["hidden_size"], config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads") or heads
+    head_dim = config.get("head_dim") or hidden // heads
+    wide, vocab, layers = config["intermediate_size"], config["vocab_size"], config["num_hidden_layers"]
+    rng, writer = np.random.default_rng(0), GGUFWriter(path, family)
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(hidden)
+    writer.add_block_count(layers)
+    writer.add_feed_forward_length(wide)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(float(config.get("rope_theta", 10000.0)))
+    writer.add_layer_norm_rms_eps(float(config["rms_norm_eps"]))
+    writer.add_vocab_size(vocab)
+    writer.add_tokenizer_model("none")
+
+    def matrix(name: str, rows: int, columns: int) -> None:
+        blocks = np.empty((rows, columns // BLOCK, BLOCK_BYTES), np.uint8)
+        blocks[...] = rng.integers(0, 256, blocks.shape, np.uint8)
+        blocks[:, :, :2] = np.float16(0.003).reshape(1).view(np.uint8)
+        writer.add_tensor(f"{name}.weight", blocks.reshape(rows, -1), raw_dtype=GGMLQuantizationType.Q4_0)
+
+    matrix("token_embd", vocab, hidden)
+    for i in range(layers):
+        for part, rows in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
+            matrix(f"blk.{i}.attn_{part}", rows * head_dim, hidden)
+            if family == "qwen2" or config.get("attention_bias"):
+                writer.add_tensor(f"blk.{i}.attn_{part}.bias", np.zeros(rows * head_dim, np.float32))
+        matrix(f"blk.{i}.attn_output", hidden, heads * head_dim)
+        matrix(f"blk.{i}.ffn_gate", wide, hidden)
+        matrix(f"blk.{i}.ffn_up", wide, hidden)
+        matrix(f"blk.{i}.ffn_down", hidden, wide)
+        for norm in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"blk.{i}.{norm}.weight", np.ones(hidden, np.float32))
+    writer.add_tensor("output_norm.weight", np.ones(hidden, np.float32))
+    if not config.get("tie_word_embeddings", False):
+        matrix("output", vocab, hidden)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def load_peer(config: Mapping[str, Any], folder: Path, threads: int) -> LlamaCpp:
+    """See peers.load_peer."""
+    return LlamaCpp(config, folder, threads)
