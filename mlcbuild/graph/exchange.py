@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterator
 
 from mlcbuild.errors import StoreError
-from mlcbuild.graph.action import make_key
+from mlcbuild.graph.action import Report, make_key
 from mlcbuild.graph.execute import get_workspace
 from mlcbuild.graph.explain import Forecast, explain_plan
 from mlcbuild.graph.plan import Plan
@@ -35,7 +36,7 @@ def pull(plan: Plan, remote: Remote) -> Iterator[str]:
             count["not there" if forecast.status == "run" else "here already"] += 1
             continue
         assert forecast.specification is not None
-        record = remote.fetch(make_key(forecast.specification), store, settings.report)
+        record = remote.fetch(make_key(forecast.specification), store, get_report(forecast))
         count["pulled" if record is not None else "not there"] += 1
         yield describe("pull", forecast, record)
     yield describe_count(count, "pulled", "here already", "not there")
@@ -54,12 +55,17 @@ def push(plan: Plan, remote: Remote) -> Iterator[str]:
         if record is None:
             count["not built here"] += 1
             continue
-        remote.push(record, store, settings.report)
+        remote.push(record, store, get_report(forecast))
         if remote.has_failed:
             break
         count["pushed"] += 1
         yield describe("push", forecast, record)
     yield describe_count(count, "pushed", "not built here")
+
+
+def get_report(forecast: Forecast) -> Report:
+    """Where it is said how far a task's files are."""
+    return functools.partial(settings.tell, forecast.action.task)
 
 
 def find_record(forecast: Forecast, store: Store) -> Record | None:
