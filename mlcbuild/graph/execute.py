@@ -92,41 +92,37 @@ class Workspace:
     def is_current(self, action: Action, key: str) -> bool:
         """Whether the outputs are those of `key`, untouched since they were placed."""
         state = self._load_state(action)
-        if state.get("key") != key or not (self.root / get_provenance_path(action.task)).is_file():
-            return False
-        try:
-            return all(list(get_stat(self.root / path)) == stat for path, stat in state["outputs"].items())
-        except FileNotFoundError:
-            return False
+        return state["key"] == key and not self.list_damage(action, state)
 
     def load_provenance(self, action: Action) -> dict[str, Any] | None:
         """Key and specification (`made_of`) of the action's last success here, None when there was none."""
         try:
-            return dict(json.loads((self.root / get_provenance_path(action.task)).read_text("utf-8")))
-        except (FileNotFoundError, ValueError):
+            found = dict(json.loads((self.root / get_provenance_path(action.task)).read_text("utf-8")))
+            return found if make_key(found["made_of"]) == found["key"] else None
+        except (OSError, ValueError, TypeError, KeyError):
             return None
 
-    def list_damage(self, action: Action) -> list[str]:
+    def list_damage(self, action: Action, state: Mapping[str, Any] | None = None) -> list[str]:
         """What happened to the outputs since they were placed: a text for each file that is missing or changed."""
         found = []
-        for path, stat in self._load_state(action).get("outputs", {}).items():
+        for path, stat in (state or self._load_state(action))["outputs"].items():
             try:
                 if list(get_stat(self.root / path)) != stat:
                     found.append(f"{path} changed")
-            except FileNotFoundError:
+            except OSError:
                 found.append(f"{path} is missing")
         return found
 
     def list_outputs(self, action: Action) -> list[str]:
-        """The files that the action has placed, relative to the root; empty when it has not been executed."""
-        return list(self._load_state(action).get("outputs", ()))
+        """The files that the action has placed, and its provenance, relative to the root; none if it never ran."""
+        return list(self._load_state(action)["outputs"])
 
     def save_state(self, action: Action, record: Record) -> None:
         """Note which key the outputs now belong to, and what it was made of."""
         provenance = {"key": record.key, "made_of": record.specification}
         _write_json(self.root / get_provenance_path(action.task), provenance)
         paths = [action.outputs[name] / blob.path for name, blobs in record.outputs.items() for blob in blobs]
-        outputs = {str(path): get_stat(self.root / path) for path in paths}
+        outputs = {str(path): get_stat(self.root / path) for path in (*paths, get_provenance_path(action.task))}
         _write_json(self._get_state_path(action), {"key": record.key, "outputs": outputs})
 
     def forget(self, action: Action) -> None:
@@ -162,9 +158,10 @@ class Workspace:
 
     def _load_state(self, action: Action) -> dict[str, Any]:
         try:
-            return dict(json.loads(self._get_state_path(action).read_text("utf-8")))
-        except (FileNotFoundError, ValueError):  # none, or cut short: as if it had never been executed
-            return {}
+            state = dict(json.loads(self._get_state_path(action).read_text("utf-8")))
+            return {"key": str(state["key"]), "outputs": dict(state["outputs"])}
+        except (OSError, ValueError, TypeError, KeyError):  # none, or damaged: as if it had never been executed
+            return {"key": "", "outputs": {}}
 
     def _get_state_path(self, action: Action) -> Path:
         return self.private / "state" / action.step / f"{action.name}.json"

@@ -1,8 +1,8 @@
 """A project of five fake steps, as the real graph has them: download, convert, compile, package, verify.
 
 What they make depends on the checkpoint's text, the quantization's bits, a helper's code and the target, and on
-nothing else, so that any build can be compared with a clean one. `pause` gives a step some length (FAKE_SLEEP).
-Each step writes `begin STEP NAME` to the file `log`.
+nothing else, so that any build can be compared with a clean one. `pause` gives a step some length (FAKE_SLEEP);
+FAKE_FAIL names a step that fails. Each step writes `begin STEP NAME` to the file `log`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ PACKAGES = ("m-q0-x86-64-v3", "m-q4-x86-64-v3")
 PRELUDE = '''"""what all steps here use"""
 import hashlib, json, os, time
 from pathlib import Path
+from mlcbuild.errors import WeightError
 from mlcbuild.graph.action import Action, get_provenance_path
 
 def begin(step, name):
     with open(os.environ["FAKE_LOG"], "a") as file:
         file.write(f"begin {step} {name}\\n")
+    if os.environ.get("FAKE_FAIL") == step:
+        raise WeightError("a fake failure", hint="none")
     pause()
 
 def pause():
