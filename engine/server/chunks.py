@@ -81,7 +81,8 @@ class ChunkWriter:
         """What comes when all have ended: their usage, if it was asked for."""
         if not self._chunks.usage:
             return []
-        return [self._chunks.make_usage(make_usage(add_usage(list(self._usages.values()))))]
+        thoughts = sum(reader.count_thoughts() for reader in self._readers)
+        return [self._chunks.make_usage(make_usage(add_usage(list(self._usages.values())), thoughts))]
 
 
 def make_delta(piece: Piece) -> Delta:

@@ -29,7 +29,7 @@ from engine.text.reading import Reading, ReplyReader
 LEAST_LOGPROB = -9999.0  # OpenAI's number for what cannot be; JSON has no infinity
 
 
-def make_usage(usage: core.Usage) -> Usage:
+def make_usage(usage: core.Usage, reasoning_tokens: int = 0) -> Usage:
     """Tokens of a request."""
     return Usage(
         prompt_tokens=usage.prompt_tokens,
@@ -37,6 +37,7 @@ def make_usage(usage: core.Usage) -> Usage:
         total_tokens=usage.total_tokens,
         prompt_tokens_details=PromptTokensDetails(cached_tokens=usage.cached_tokens),
         completion_tokens_details=CompletionTokensDetails(
+            reasoning_tokens=reasoning_tokens,
             accepted_prediction_tokens=usage.right_tokens,
             rejected_prediction_tokens=usage.guessed_tokens - usage.right_tokens,
         ),
@@ -99,20 +100,24 @@ def make_completion(
 ) -> ChatCompletion:
     """The body of an answer that is not streamed, a choice for each output. `created` is in seconds since 1970."""
     usage = add_usage([output.usage for output in outputs])
+    readers = [ReplyReader(reading) for _ in outputs]
+    choices = [
+        make_choice(index, output, reader, logprobs)
+        for index, (output, reader) in enumerate(zip(outputs, readers, strict=True))
+    ]
     return ChatCompletion(
         id=id,
         object="chat.completion",
         created=created,
         model=model,
-        choices=[make_choice(index, output, reading, logprobs) for index, output in enumerate(outputs)],
-        usage=make_usage(usage),
+        choices=choices,
+        usage=make_usage(usage, sum(reader.count_thoughts() for reader in readers)),
         timings=make_timings(usage),
     )
 
 
-def make_choice(index: int, output: Output, reading: Reading, logprobs: bool) -> Choice:
+def make_choice(index: int, output: Output, reader: ReplyReader, logprobs: bool) -> Choice:
     """One whole reply, with its log probabilities if they were asked for."""
-    reader = ReplyReader(reading)
     pieces = reader.read(output)
     content = "".join(piece.text for piece in pieces if piece.kind == "content")
     thoughts = "".join(piece.text for piece in pieces if piece.kind == "reasoning") or None

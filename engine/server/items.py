@@ -27,12 +27,16 @@ class ItemStream:
         elif piece.kind == "arguments":
             self.items[-1]["arguments"] += piece.text
             yield "response.function_call_arguments.delta", {**self._get_place(), "delta": piece.text}
-        elif piece.kind == "content":
-            if not (self._open and self.items[-1]["type"] == "message"):
-                yield from self._start_message()
+        else:
+            kind = "message" if piece.kind == "content" else "reasoning"
+            if not (self._open and self.items[-1]["type"] == kind):
+                yield from self._start_message() if kind == "message" else self._start_reasoning()
             self.items[-1]["content"][0]["text"] += piece.text
-            place = {**self._get_place(), "content_index": 0}
-            yield "response.output_text.delta", {**place, "delta": piece.text, "logprobs": []}
+            place = {**self._get_place(), "content_index": 0, "delta": piece.text}
+            if kind == "message":
+                yield "response.output_text.delta", {**place, "logprobs": []}
+            else:
+                yield "response.reasoning_text.delta", place
 
     def finish(self, status: str) -> Iterator[Event]:
         """The reply has ended: `status` is completed or incomplete. One without any item gets an empty message."""
@@ -43,7 +47,13 @@ class ItemStream:
     def _start_message(self) -> Iterator[Event]:
         message = {"type": "message", "role": "assistant", "content": []}
         yield from self._start({"id": f"msg_{uuid.uuid4().hex}", **message})
-        part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+        yield from self._add_part({"type": "output_text", "text": "", "annotations": [], "logprobs": []})
+
+    def _start_reasoning(self) -> Iterator[Event]:
+        yield from self._start({"id": f"rs_{uuid.uuid4().hex}", "type": "reasoning", "summary": [], "content": []})
+        yield from self._add_part({"type": "reasoning_text", "text": ""})
+
+    def _add_part(self, part: dict[str, Any]) -> Iterator[Event]:
         yield "response.content_part.added", {**self._get_place(), "content_index": 0, "part": dict(part)}
         self.items[-1]["content"].append(part)
 
@@ -60,10 +70,14 @@ class ItemStream:
         self._open = False
         item, place = self.items[-1], self._get_place()
         item["status"] = status
-        if item["type"] == "message":
+        if item["type"] in ("message", "reasoning"):
             (part,) = item["content"]
             place["content_index"] = 0
-            yield "response.output_text.done", {**place, "text": part["text"], "logprobs": []}
+            done = {**place, "text": part["text"]}
+            if item["type"] == "message":
+                yield "response.output_text.done", {**done, "logprobs": []}
+            else:
+                yield "response.reasoning_text.done", done
             yield "response.content_part.done", {**place, "part": part}
         else:
             arguments = {"name": item["name"], "arguments": item["arguments"]}

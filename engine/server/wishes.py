@@ -83,7 +83,8 @@ def make_reading(body: ChatRequest, model: LoadedModel, prompt: Sequence[int]) -
     thinking = find_thinking(model.reasoning, end) if prompt else None
     tools = get_tool_choice(body).tools
     form = model.form if tools or (model.form is not None and model.form.channels and prompt) else None
-    return Reading(form, thinking, {tool.name: make_signature(tool).parameters for tool in tools})
+    schemas = {tool.name: make_signature(tool).parameters for tool in tools}
+    return Reading(form, thinking, schemas, model.engine.tokenizer.count)
 
 
 def make_reply_grammar(body: ChatRequest, model: LoadedModel, thinking: Thinking | None) -> tuple[str, str] | None:

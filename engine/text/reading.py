@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,12 +15,13 @@ from engine.text.reasoning import Thinking, ThoughtParser
 class Reading:
     """How to read a reply. `form`: how it spells tool calls; `thinking`: how it thinks; None when it does not.
 
-    `schemas`: the parameters of each function that it may call.
+    `schemas`: the parameters of each function that it may call. `count`: the number of tokens of a text.
     """
 
     form: CallFormat | None = None
     thinking: Thinking | None = None
     schemas: Mapping[str, Schema] = field(default_factory=dict)
+    count: Callable[[str], int] = len
 
 
 def get_marks(chat: Mapping[str, Any]) -> str:
@@ -34,6 +35,8 @@ class ReplyReader:
 
     def __init__(self, reading: Reading) -> None:
         self._parser = None if reading.form is None else reading.form.make_parser(reading.schemas)
+        self._count = reading.count
+        self._reasoning: list[str] = []
         self._thoughts = None if reading.thinking is None else ThoughtParser(reading.thinking)
 
     def read(self, output: Output) -> list[Piece]:
@@ -46,7 +49,13 @@ class ReplyReader:
             contents = [piece for piece in pieces if piece.kind == "content"]
             pieces = thoughts + [p for piece in contents for p in self._parser.push(piece.text)]
             pieces += self._parser.finish() if output.finish_reason else []
+        self._reasoning += [piece.text for piece in pieces if piece.kind == "reasoning"]
         return join_pieces(pieces)
+
+    def count_thoughts(self) -> int:
+        """Tokens of the thoughts so far."""
+        text = "".join(self._reasoning)
+        return self._count(text) if text else 0
 
     def get_finish(self, output: Output) -> FinishReason | str | None:
         """Why the reply ended, in OpenAI's words."""

@@ -55,6 +55,10 @@ class Tokenizer:
         ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
+    def count(self, text: str) -> int:
+        """Tokens of a text that came from this tokenizer."""
+        return len(self._backend.encode(text, add_special_tokens=False))
+
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of `tokens`; bytes that are no UTF-8 become replacement characters."""
         text: str = self._backend.decode(tokens, skip_special_tokens=skip_special_tokens)

@@ -175,7 +175,7 @@ def test_tools_of_earlier_turns() -> None:
     chat = make_chat(body)
     call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
     assert chat["messages"][1:] == [
-        {"role": "assistant", "content": "I add.", "tool_calls": [call]},
+        {"role": "assistant", "content": "I add.", "reasoning": "Hm.", "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "c1", "content": "3"},
         {"role": "user", "content": "And?"},
     ]

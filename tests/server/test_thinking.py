@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
+import anthropic
 import httpx
 import openai
 import pytest
@@ -13,6 +14,10 @@ from running import run_fake_server
 
 from engine.errors import InvalidRequest
 from engine.server.protocol.chat import ChatRequest, Message
+from engine.server.protocol.messages import CountRequest
+from engine.server.protocol.messages import make_chat as make_chat_of_messages
+from engine.server.protocol.responses import ResponsesRequest
+from engine.server.protocol.responses import make_chat as make_chat_of_responses
 from engine.server.wishes import get_variables
 
 CALL = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
@@ -21,11 +26,20 @@ SAID = "say <think>\nLet me see.\n</think>\n\n"
 
 
 @pytest.fixture(scope="module")
-def thinker() -> Iterator[openai.OpenAI]:
-    with (
-        run_fake_server(reasoning="think") as running,
-        openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0) as client,
-    ):
+def url() -> Iterator[str]:
+    with run_fake_server(reasoning="think") as running:
+        yield running.url
+
+
+@pytest.fixture
+def thinker(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture
+def claude(url: str) -> Iterator[anthropic.Anthropic]:
+    with anthropic.Anthropic(base_url=url, api_key="none", max_retries=0) as client:
         yield client
 
 
@@ -37,6 +51,16 @@ def test_whole(thinker: openai.OpenAI) -> None:
     message = ask(thinker, SAID + "Yes.").choices[0].message
     assert message.content == "Yes."
     assert message.reasoning == message.reasoning_content == "Let me see."
+
+
+def test_thoughts_are_counted(thinker: openai.OpenAI) -> None:
+    counts = []
+    for text in (SAID + "Yes.", "say Yes."):
+        usage = ask(thinker, text).usage
+        *_, last = ask(thinker, text, stream=True, stream_options={"include_usage": True})
+        assert last.usage.completion_tokens_details == usage.completion_tokens_details
+        counts.append(usage.completion_tokens_details.reasoning_tokens)
+    assert counts[0] > counts[1] == 0
 
 
 def test_streamed(thinker: openai.OpenAI) -> None:
@@ -140,3 +164,77 @@ def test_channels() -> None:
         assert [c.function.name for c in called.message.tool_calls] == ["now"]
         with pytest.raises(openai.BadRequestError, match="does not go with tools"):
             ask(client, "hi", tools=[NOW], **form)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_blocks_of_messages(claude: anthropic.Anthropic, stream: bool) -> None:
+    """Anthropic's clients see thoughts when they ask for them."""
+
+    def ask_claude(thinking: dict | None) -> list[tuple[str, str]]:
+        fields = {} if thinking is None else {"thinking": thinking}
+        fields |= {"model": "fake", "max_tokens": 90, "messages": [{"role": "user", "content": SAID + "Yes."}]}
+        if stream:
+            with claude.messages.stream(**fields) as events:
+                message = events.get_final_message()
+        else:
+            message = claude.messages.create(**fields)
+        assert all(block.signature for block in message.content if block.type == "thinking")
+        return [(block.type, getattr(block, block.type)) for block in message.content]
+
+    seen = [("thinking", "Let me see."), ("text", "Yes.")]
+    assert ask_claude({"type": "enabled", "budget_tokens": 1024}) == seen
+    assert ask_claude({"type": "adaptive"}) == seen
+    assert ask_claude(None) == ask_claude({"type": "disabled"}) == seen[1:]
+
+
+def test_what_messages_tell_the_template() -> None:
+    def get(**fields: object) -> dict:
+        body = {"model": "m", "messages": [{"role": "user", "content": "hi"}], **fields}
+        return make_chat_of_messages(CountRequest.model_validate(body))
+
+    assert get()["chat_template_kwargs"] == {"enable_thinking": False}
+    assert get(thinking={"type": "enabled", "budget_tokens": 9})["chat_template_kwargs"] == {"enable_thinking": True}
+    assert "chat_template_kwargs" not in get(thinking={"type": "adaptive"})
+    thought = {"type": "thinking", "thinking": "Let me see.", "signature": "unsigned"}
+    history = [{"role": "assistant", "content": [thought, {"type": "text", "text": "Yes."}]}]
+    (message,) = get(messages=history)["messages"]
+    assert (message["content"], message["reasoning"]) == ("Yes.", "Let me see.")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_items_of_responses(thinker: openai.OpenAI, stream: bool) -> None:
+    fields: dict = {"model": "fake", "input": SAID + "Yes.", "reasoning": {"effort": "low"}}
+    if stream:
+        events = list(thinker.responses.create(**fields, stream=True))
+        names = [event.type.removeprefix("response.") for event in events]
+        thoughts = "".join(event.delta for event in events if event.type == "response.reasoning_text.delta")
+        assert thoughts == "Let me see."
+        done = names.index("reasoning_text.done")
+        assert names[done : done + 4] == [
+            "reasoning_text.done",
+            "content_part.done",
+            "output_item.done",
+            "output_item.added",
+        ]
+        response = events[-1].response
+    else:
+        response = thinker.responses.create(**fields)
+    assert [item.type for item in response.output] == ["reasoning", "message"]
+    assert response.output[0].content[0].text == "Let me see."
+    assert response.output_text == "Yes."
+    assert response.usage.output_tokens_details.reasoning_tokens > 0
+
+
+def test_reasoning_items_of_the_history() -> None:
+    """Thoughts go with what was said or called after them."""
+    thought = {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "Let me see."}]}
+    call = {"type": "function_call", "call_id": "c", "name": "now", "arguments": "{}"}
+    said = {"role": "assistant", "content": "Yes."}
+    items = [{"role": "user", "content": "hi"}, thought, said, thought, call]
+    chat = make_chat_of_responses(ResponsesRequest(model="m", input=items))
+    calls = [{"id": "c", "type": "function", "function": {"name": "now", "arguments": "{}"}}]
+    assert chat["messages"] == [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "Yes.", "reasoning": "Let me see."},
+        {"role": "assistant", "content": None, "reasoning": "Let me see.", "tool_calls": calls},
+    ]

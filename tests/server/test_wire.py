@@ -57,7 +57,8 @@ def test_stream(http: httpx.Client) -> None:
     assert usage["choices"] == []
     counts, details = {"prompt_tokens", "completion_tokens", "total_tokens"}, "completion_tokens_details"
     assert set(usage["usage"]) == {*counts, "prompt_tokens_details", details}
-    assert usage["usage"][details] == {"accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0}
+    zeros = dict.fromkeys(("reasoning_tokens", "accepted_prediction_tokens", "rejected_prediction_tokens"), 0)
+    assert usage["usage"][details] == zeros
     assert all(chunk["usage"] is None for chunk in chunks[:-1])
 
 

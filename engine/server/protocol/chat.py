@@ -228,8 +228,9 @@ class PromptTokensDetails(BaseModel):
 
 
 class CompletionTokensDetails(BaseModel):
-    """Of the tokens that were guessed ahead, those that are in the reply, and those that were wrong."""
+    """Tokens of thoughts; of the tokens that were guessed ahead, those in the reply, and those that were wrong."""
 
+    reasoning_tokens: int
     accepted_prediction_tokens: int
     rejected_prediction_tokens: int
 

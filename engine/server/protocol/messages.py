@@ -19,6 +19,9 @@ from engine.text.calls import Piece
 
 # Claude Code puts this line, another one in each request, before everything else: no prefix would ever be found again.
 BILLING = re.compile(r"\Ax-anthropic-billing-header:[^\n]*\n*")
+# Clients send thoughts back with their signature, and some take an empty one for none.
+SIGNATURE = "unsigned"
+THOUGHTS = {"type": "thinking", "thinking": "", "signature": SIGNATURE}
 KINDS = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -47,6 +50,14 @@ class AnthropicTool(BaseModel):
     input_schema: dict[str, Any] | None = None
 
 
+class Thinking(BaseModel):
+    """Whether the model may think. `budget_tokens` is a wish: only `max_tokens` ends a reply."""
+
+    model_config = REQUEST
+    type: Literal["enabled", "disabled", "adaptive"]
+    budget_tokens: int | None = Field(default=None, ge=1)
+
+
 class CountRequest(BaseModel):
     """The body of POST /v1/messages/count_tokens: what becomes the prompt."""
 
@@ -56,7 +67,12 @@ class CountRequest(BaseModel):
     system: str | list[dict[str, Any]] | None = None
     tools: list[AnthropicTool] | None = Field(default=None, max_length=MAX_TOOLS)
     tool_choice: dict[str, Any] | None = None
-    thinking: dict[str, Any] | None = None
+    thinking: Thinking | None = None
+
+    @property
+    def thinks(self) -> bool:
+        """Whether thoughts were asked for."""
+        return self.thinking is not None and self.thinking.type != "disabled"
 
 
 class MessagesRequest(CountRequest):
@@ -72,8 +88,6 @@ class MessagesRequest(CountRequest):
 
 def make_chat(body: CountRequest) -> dict[str, Any]:
     """The same request as OpenAI's clients would make it. Raises InvalidRequest for what has no counterpart."""
-    if body.thinking is not None and body.thinking.get("type") == "enabled":
-        raise InvalidRequest("this server does not support thinking", hint="leave it out", param="thinking")
     messages: list[dict[str, Any]] = []
     system = _join_system(body.system)
     if system:
@@ -81,6 +95,8 @@ def make_chat(body: CountRequest) -> dict[str, Any]:
     for index, message in enumerate(body.messages):
         messages += _make_messages(message, f"messages[{index}].content")
     chat: dict[str, Any] = {"model": body.model, "messages": messages}
+    if body.thinking is None or body.thinking.type != "adaptive":
+        chat["chat_template_kwargs"] = {"enable_thinking": body.thinks}
     if body.tools:
         chat["tools"] = [_make_tool(tool, index) for index, tool in enumerate(body.tools)]
         chat |= _make_tool_choice(body.tool_choice)
@@ -100,7 +116,7 @@ def _make_messages(message: AnthropicMessage, where: str) -> list[dict[str, Any]
     """One turn as OpenAI's messages: the results of tools are messages of their own, before what the user says."""
     if isinstance(message.content, str):
         return [{"role": message.role, "content": message.content}]
-    texts, calls, results = [], [], []
+    texts, calls, results, thoughts = [], [], [], []
     for index, block in enumerate(message.content):
         place = f"{where}[{index}]"
         kind = block.get("type")
@@ -108,11 +124,14 @@ def _make_messages(message: AnthropicMessage, where: str) -> list[dict[str, Any]
             calls.append(_make_call(block, place))
         elif kind == "tool_result" and message.role == "user":
             results.append(_make_result(block, place))
-        elif kind not in ("thinking", "redacted_thinking") or message.role != "assistant":
+        elif kind == "thinking" and message.role == "assistant" and isinstance(block.get("thinking"), str):
+            thoughts.append(block["thinking"])
+        elif kind != "redacted_thinking" or message.role != "assistant":
             texts.append(_get_text(block, place))
     made: list[dict[str, Any]] = list(results)
-    if calls:
-        made.append({"role": message.role, "content": "\n".join(texts) or None, "tool_calls": calls})
+    if calls or thoughts:
+        said = {"content": "\n".join(texts) or None, "reasoning": "\n".join(thoughts) or None}
+        made.append({"role": message.role, **said, "tool_calls": calls or None})
     elif texts or not results:
         made.append({"role": message.role, "content": "\n".join(texts)})
     return made
@@ -182,15 +201,17 @@ def make_message(
     return {**head, "content": content, **ending, "usage": make_usage(usage)}
 
 
-def make_content(pieces: Sequence[Piece]) -> list[dict[str, Any]]:
-    """The blocks of a whole reply: its text, then its calls. A call that was cut off is left out."""
+def make_content(pieces: Sequence[Piece], *, thinks: bool) -> list[dict[str, Any]]:
+    """The blocks of a whole reply: its thoughts if asked for, its text, its calls but for one that was cut off."""
+    thoughts = "".join(piece.text for piece in pieces if piece.kind == "reasoning" and thinks)
+    blocks: list[dict[str, Any]] = [{**THOUGHTS, "thinking": thoughts}] if thoughts else []
     text = "".join(piece.text for piece in pieces if piece.kind == "content")
     calls = []
     for call in make_calls(pieces):
         with contextlib.suppress(ValueError):
             given = json.loads(call.function.arguments)
             calls.append({"type": "tool_use", "id": call.id, "name": call.function.name, "input": given})
-    return [{"type": "text", "text": text}, *calls] if text or not calls else calls
+    return [*blocks, {"type": "text", "text": text}, *calls] if text or not calls else [*blocks, *calls]
 
 
 def make_ending(finish_reason: str | None, text: str, stops: Iterable[str]) -> dict[str, str | None]:

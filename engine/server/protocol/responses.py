@@ -22,7 +22,7 @@ HARMLESS: Mapping[str, tuple[Any, ...]] = {
     "max_tool_calls": (),
     "top_logprobs": (0,),
 }
-TEXT_PARTS = ("input_text", "output_text", "text")
+TEXT_PARTS = ("input_text", "output_text", "text", "reasoning_text", "summary_text")
 
 
 class ResponsesRequest(BaseModel):
@@ -83,10 +83,19 @@ def make_messages(body: ResponsesRequest) -> list[dict[str, Any]]:
 
 def _add_item(messages: list[dict[str, Any]], item: Mapping[str, Any], where: str) -> None:
     kind = item.get("type", "message")
+    last = messages[-1] if messages and messages[-1]["role"] == "assistant" else None
     if kind == "message":
-        messages.append({"role": item.get("role"), "content": _join_parts(item.get("content"), f"{where}.content")})
+        content = _join_parts(item.get("content"), f"{where}.content")
+        if last is not None and item.get("role") == "assistant" and len(last) == 3 and "reasoning" in last:
+            last["content"] = content  # what was said after these thoughts
+        else:
+            messages.append({"role": item.get("role"), "content": content})
+    elif kind == "reasoning":
+        thoughts = _join_parts(item.get("content") or item.get("summary") or "", f"{where}.content")
+        if thoughts:  # templates decide which thoughts a later turn sees
+            messages.append({"role": "assistant", "content": None, "reasoning": thoughts})
     elif kind == "function_call":
-        if not messages or messages[-1]["role"] != "assistant":
+        if last is None:
             messages.append({"role": "assistant", "content": None})
         function = {"name": item.get("name"), "arguments": item.get("arguments")}
         call = {"id": item.get("call_id"), "type": "function", "function": function}
@@ -94,7 +103,7 @@ def _add_item(messages: list[dict[str, Any]], item: Mapping[str, Any], where: st
     elif kind == "function_call_output":
         output = _join_parts(item.get("output"), f"{where}.output")
         messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": output})
-    elif kind != "reasoning":  # a model's thoughts are not for its later turns
+    else:
         raise InvalidRequest(f"this server does not take items of type {kind!r}", param=f"{where}.type")
 
 
@@ -127,13 +136,13 @@ def _make_format(text: Mapping[str, Any] | None) -> dict[str, Any]:
     return {"response_format": {"type": "json_schema", "json_schema": schema}}
 
 
-def make_usage(usage: core.Usage) -> dict[str, Any]:
+def make_usage(usage: core.Usage, reasoning_tokens: int) -> dict[str, Any]:
     """Tokens, in this protocol's words."""
     return {
         "input_tokens": usage.prompt_tokens,
         "input_tokens_details": {"cached_tokens": usage.cached_tokens},
         "output_tokens": usage.completion_tokens,
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": reasoning_tokens},
         "total_tokens": usage.total_tokens,
     }
 

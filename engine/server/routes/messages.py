@@ -11,6 +11,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 
 from engine.core import SamplingParams, Usage
+from engine.errors import InvalidRequest
 from engine.model import LoadedModel
 from engine.reply import AsyncReply
 from engine.server.completion import find_error
@@ -18,6 +19,8 @@ from engine.server.limits import check_prompt_length
 from engine.server.protocol.chat import ChatRequest
 from engine.server.protocol.errors import make_engine_error
 from engine.server.protocol.messages import (
+    SIGNATURE,
+    THOUGHTS,
     CountRequest,
     MessagesRequest,
     make_anthropic_error,
@@ -51,12 +54,13 @@ async def create_message(body: MessagesRequest, request: Request, model: Model) 
     reader = ReplyReader(make_reading(chat, model, tokens))
     reply = model.engine.stream(tokens, params, request_id=name)
     if body.stream:
-        return EventStream(stream_events(reply, reader, name, model, params, len(tokens)))
+        blocks = BlockStream(thinks=body.thinks)
+        return EventStream(stream_events(reply, reader, blocks, name, model, params, len(tokens)))
     outputs = await run_while_connected(request, collect_all([reply]))
     if outputs is None:
         return Response(status_code=CLIENT_LEFT)
     (output,) = outputs
-    content = make_content(reader.read(output))
+    content = make_content(reader.read(output), thinks=body.thinks)
     ending = make_ending(reader.get_finish(output), model.engine.tokenizer.decode(output.token_ids), params.stop)
     return JSONResponse(make_message(name, model.name, content, ending, output.usage))
 
@@ -72,6 +76,8 @@ async def count_tokens(body: CountRequest, request: Request, model: Model) -> di
 async def check(body: CountRequest, request: Request, model: LoadedModel) -> ChatRequest:
     """The request as a chat. Raises UnknownModel, and InvalidRequest for what could only be ignored."""
     check_model_name(body.model, model)
+    if body.thinking is not None and body.thinking.type == "enabled" and not model.thinks:
+        raise InvalidRequest("this model does not think", hint="leave thinking out", param="thinking")
     chat = check_chat(make_chat(body))
     check_supported(chat)
     check_prompt_length(sum(len(m.content or "") for m in chat.messages), get_settings(request).max_prompt_chars)
@@ -79,10 +85,15 @@ async def check(body: CountRequest, request: Request, model: LoadedModel) -> Cha
 
 
 async def stream_events(
-    reply: AsyncReply, reader: ReplyReader, name: str, model: LoadedModel, params: SamplingParams, prompt_tokens: int
+    reply: AsyncReply,
+    reader: ReplyReader,
+    blocks: BlockStream,
+    name: str,
+    model: LoadedModel,
+    params: SamplingParams,
+    prompt_tokens: int,
 ) -> AsyncGenerator[bytes, None]:
     """The events of `reply`, which is aborted when this iterator is closed before its end."""
-    blocks = BlockStream()
     sampled: list[int] = []
     async with reply:
         empty = make_message(name, model.name, [], make_ending(None, "", ()), Usage(prompt_tokens))
@@ -109,20 +120,24 @@ async def stream_events(
 class BlockStream:
     """Makes the events of the blocks of one reply: each is started, filled and stopped before the next one."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, thinks: bool) -> None:
+        self._thinks = thinks
         self._count = 0
         self._open: str | None = None  # the kind of the block that has not been stopped
 
     def push(self, piece: Piece) -> list[bytes]:
         """What a piece of the reply adds."""
         events: list[bytes] = []
-        if piece.kind == "reasoning":  # nobody has asked for it: see make_chat
+        if piece.kind == "reasoning" and not self._thinks:  # nobody has asked for it
             return events
         if piece.kind == "call":
             block = {"type": "tool_use", "id": piece.id or make_call_id(), "name": piece.text, "input": {}}
             return self._start("tool_use", block)
         if piece.kind == "arguments":
             delta = {"type": "input_json_delta", "partial_json": piece.text}
+        elif piece.kind == "reasoning":
+            events += [] if self._open == "thinking" else self._start("thinking", {**THOUGHTS, "signature": ""})
+            delta = {"type": "thinking_delta", "thinking": piece.text}
         else:
             events += [] if self._open == "text" else self._start("text", {"type": "text", "text": ""})
             delta = {"type": "text_delta", "text": piece.text}
@@ -141,5 +156,9 @@ class BlockStream:
     def _stop(self) -> list[bytes]:
         if self._open is None:
             return []
+        events, place = [], {"index": self._count - 1}
+        if self._open == "thinking":
+            delta = {"type": "signature_delta", "signature": SIGNATURE}
+            events.append(make_named_event("content_block_delta", {**place, "delta": delta}))
         self._open = None
-        return [make_named_event("content_block_stop", {"index": self._count - 1})]
+        return [*events, make_named_event("content_block_stop", place)]

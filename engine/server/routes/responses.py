@@ -51,7 +51,7 @@ async def create_response(
         return Response(status_code=CLIENT_LEFT)
     items, (output,) = ItemStream(), outputs
     events = [event for piece in reader.read(output) for event in items.push(piece)]
-    events += items.finish(end(response, output, items))
+    events += items.finish(end(response, output, items, reader.count_thoughts()))
     # Not a JSONResponse: what the client sent comes back in it, and that may be no Unicode.
     return Response(json.dumps(response), media_type="application/json")
 
@@ -73,13 +73,13 @@ def check(body: ResponsesRequest, request: Request, model: LoadedModel) -> ChatR
     return chat
 
 
-def end(response: dict[str, Any], output: Output, items: ItemStream) -> str:
+def end(response: dict[str, Any], output: Output, items: ItemStream, reasoning_tokens: int) -> str:
     """Complete the object of a reply that has ended as it should; its status."""
     cut = output.finish_reason == "length"
     response["status"] = "incomplete" if cut else "completed"
     response["incomplete_details"] = {"reason": "max_output_tokens"} if cut else None
     response["output"] = items.items
-    response["usage"] = make_usage(output.usage)
+    response["usage"] = make_usage(output.usage, reasoning_tokens)
     return str(response["status"])
 
 
@@ -109,6 +109,6 @@ async def stream_events(
                 yield make("response.failed", {"response": {**response, "status": "failed", "error": failure}})
                 return
             if output.finish_reason is not None:
-                for event in items.finish(end(response, output, items)):
+                for event in items.finish(end(response, output, items, reader.count_thoughts())):
                     yield make(*event)
                 yield make(f"response.{response['status']}", {"response": response})
