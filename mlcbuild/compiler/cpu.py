@@ -1,8 +1,8 @@
 """Lowering to CPUs: our own TIR kernels, float32 activations between them, and a KV cache of plain tensors.
 
-Sources of the design: the weight layout decides the matmul (`x86-vnni-16x64`: int8 activations and VNNI dot products;
-`rows16`: float32 activations, any processor). Residuals and KV pages are updated in place; each in-place result is
-threaded through as a value, so that no pass can reorder or drop it.
+The weight layout and the processor decide the matmul (`int8-16x64`: int8 activations and the target's best dot product
+of bytes; `rows16`: float32 activations, any processor). Residuals and KV pages are updated in place; each in-place
+result is threaded through as a value, so that no pass can reorder or drop it.
 """
 
 from __future__ import annotations
@@ -15,13 +15,21 @@ from tvm import tirx
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import Tensor, op
 
-from mlcbuild.compiler.kernels import attention, elementwise, embedding, linear_rows16, linear_vnni, quantize_rows
+from mlcbuild.compiler.kernels import (
+    attention,
+    elementwise,
+    embedding,
+    linear_dot,
+    linear_rows16,
+    linear_vnni,
+    quantize_rows,
+)
 from mlcbuild.compiler.lowering import PAGE_SIZE, AttentionShape, Program
 from mlcbuild.errors import CompileError
 from mlcbuild.quantization import get_layout
 from mlcbuild.recipes.schema import Limits, Quantization, Target
 
-VNNI = "x86-vnni-16x64"
+TILES = "int8-16x64"
 
 _kernels: dict[str, tirx.PrimFunc] = {}
 
@@ -41,9 +49,10 @@ def _out(shape: Sequence[Any], dtype: str = "float32") -> Tensor:
 class Linear(nn.Module):
     """x W^T over packed weights; the parameters are those of the layout."""
 
-    def __init__(self, out_features: int, in_features: int, q: Quantization, layout: str, bias: bool) -> None:
+    def __init__(self, out_features: int, in_features: int, where: CpuLowering, bias: bool) -> None:
         super().__init__()
-        self.shape, self.q, self.layout = (out_features, in_features), q, layout
+        q, layout = where.q, where.layout
+        self.shape, self.q, self.layout, self.dot = (out_features, in_features), q, layout, where.dot
         self.packed = list(get_layout(layout).storage(q, self.shape))
         for suffix, spec in get_layout(layout).storage(q, self.shape).items():
             setattr(self, suffix, nn.Parameter(spec.shape, spec.dtype))
@@ -56,10 +65,13 @@ class Linear(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         (rows, columns), n = self.shape, x.shape[0]
         has = {"bias": self.bias is not None, "residual": residual is not None}
-        if self.layout == VNNI:
-            kernel, inputs = _kernel(linear_vnni.make_linear, rows, columns, **has), self._quantized(x)
+        inputs = self._quantized(x) if self.layout == TILES else [x]
+        if self.layout != TILES:
+            kernel = _kernel(linear_rows16.make_linear, rows, columns, self.q, **has)
+        elif self.dot is None:
+            kernel = _kernel(linear_vnni.make_linear, rows, columns, **has)
         else:
-            kernel, inputs = _kernel(linear_rows16.make_linear, rows, columns, self.q, **has), [x]
+            kernel = _kernel(linear_dot.make_linear, rows, columns, self.dot, **has)
         args = [*self.weights(), *inputs] + ([self.bias] if self.bias is not None else [])
         name, y = f"linear_{rows}x{columns}", _out([n, -(-rows // 16) * 16])
         if residual is None:
@@ -96,8 +108,8 @@ class Embedding(Linear):
 
     def forward(self, ids: Tensor, residual: Tensor | None = None) -> Tensor:
         vocab, hidden = self.shape
-        if self.layout == VNNI:
-            kernel = embedding.make_embedding_vnni(vocab, hidden)
+        if self.layout == TILES:
+            kernel = embedding.make_embedding_int8(vocab, hidden)
         else:
             kernel = embedding.make_embedding_rows16(vocab, hidden, self.q)
         return op.tensor_ir_op(kernel, "embedding", [ids, *self.weights()], _out([ids.shape[0], hidden]))
@@ -118,7 +130,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         kernel = _kernel(elementwise.make_rms_norm, self.hidden_size, self.eps)
         y = op.tensor_ir_op(kernel, "rms_norm", [x, self.weight], _out(x.shape))
-        if self.layout != VNNI:
+        if self.layout != TILES:
             return y
         fused = quantize_rows.make_rms_norm_quantize
         return Coded(y, make_codes(fused, self.hidden_size, [x, self.weight], self.eps))
@@ -218,16 +230,16 @@ class CpuProgram(nn.Module):
 
 
 class CpuLowering:
-    """See lowering.Lowering."""
+    """See lowering.Lowering. `dot`: how bytes are multiplied over the layout `int8-16x64`; None: by AVX-512 VNNI."""
 
-    def __init__(self, quantization: Quantization, layout: str) -> None:
-        self.q, self.layout = quantization, layout
+    def __init__(self, quantization: Quantization, layout: str, dot: linear_dot.Dot | None) -> None:
+        self.q, self.layout, self.dot = quantization, layout, dot
 
     def linear(self, in_features: int, out_features: int, bias: bool = False) -> nn.Module:
-        return Linear(out_features, in_features, self.q, self.layout, bias)
+        return Linear(out_features, in_features, self, bias)
 
     def embedding(self, vocab_size: int, hidden_size: int) -> nn.Module:
-        return Embedding(vocab_size, hidden_size, self.q, self.layout, False)
+        return Embedding(vocab_size, hidden_size, self, False)
 
     def rms_norm(self, hidden_size: int, eps: float) -> nn.Module:
         return RMSNorm(hidden_size, eps, self.layout)
@@ -235,7 +247,7 @@ class CpuLowering:
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         n, width = gate_up.shape[0], int(gate_up.shape[1]) // 2
         y = op.tensor_ir_op(_kernel(elementwise.make_silu_mul, width), "silu_mul", [gate_up], _out([n, width]))
-        if self.layout != VNNI:
+        if self.layout != TILES:
             return y
         return Coded(y, make_codes(quantize_rows.make_silu_mul_quantize, width, [gate_up]))
 
@@ -271,5 +283,11 @@ def check_shape(shape: AttentionShape, hidden_size: int) -> None:
 
 
 def make_lowering(target: Target, quantization: Quantization, layout: str) -> CpuLowering:
-    """See lowering.make_lowering."""
-    return CpuLowering(quantization, layout)
+    """See lowering.make_lowering; raises CompileError for a target without the instructions that its layout needs."""
+    dot = None if "avx512_vnni" in target.requires else linear_dot.choose_dot(target.requires)
+    if layout == TILES and dot is None and "avx512_vnni" not in target.requires:
+        raise CompileError(
+            f"target {target.name} has no dot product of bytes for the weight layout {layout}",
+            hint=f"recipes/targets/{target.name}.yaml: requires: avx512_vnni or {' or '.join(linear_dot.DOTS)}",
+        )
+    return CpuLowering(quantization, layout, dot)

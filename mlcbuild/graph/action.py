@@ -41,7 +41,7 @@ class Action:
     """One execution of a step. `inputs` and `outputs` map logical names to paths relative to the project root.
 
     step         the step's name, as its file in tasks/
-    name         what it is made for, e.g. `tiny/q4f16_1/x86-vnni-16x64`; the doit task is `step:name`
+    name         what it is made for, e.g. `tiny/q4f16_1/int8-16x64`; the doit task is `step:name`
     module       the module that holds `run`, e.g. `tasks.convert`
     params       JSON values: all that `run` is told, and nothing that cannot change its outputs
     inputs       files, folders, or some files of a folder as `folder/*.json` (ctx.inputs then names the folder); their

@@ -1,6 +1,6 @@
 """Shows a build as it goes: a tree of the running steps on a terminal, plain lines everywhere else.
 
-run   convert  tiny/q4f16_1/x86-vnni-16x64  0.8 s
+run   convert  tiny/q4f16_1/int8-16x64  0.8 s
 hit   compile  tiny/q4f16_1/x86-64-v4-vnni  0.0 s
 ok    download tiny
 

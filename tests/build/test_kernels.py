@@ -1,6 +1,8 @@
-"""Every CPU kernel alone against numpy, over shapes with tails; needs TVM and AVX-512 VNNI for one of them."""
+"""Every CPU kernel alone against numpy, over shapes with tails; needs TVM, and each kernel its instructions."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,9 +10,20 @@ import tvm
 
 from engine.artifact import get_cpu_features
 from engine.runtime.tvm_executor import make_aligned
-from mlcbuild.compiler.kernels import attention, elementwise, embedding, linear_rows16, linear_vnni, quantize_rows
+from mlcbuild.compiler.kernels import (
+    attention,
+    elementwise,
+    embedding,
+    linear_dot,
+    linear_rows16,
+    linear_vnni,
+    quantize_rows,
+)
 from mlcbuild.quantization import get_layout, get_method
+from mlcbuild.recipes.load import load_recipes
 from mlcbuild.recipes.schema import Quantization
+
+ROOT = Path(__file__).parents[2]
 
 Q4F16 = Quantization(name="q4f16_1", method="group", bits=4, group_size=32, dtype="float16", activations="int8")
 Q4F32 = Quantization(name="q4f32_1", method="group", bits=4, group_size=32, dtype="float32")
@@ -26,12 +39,10 @@ def rng():
     return np.random.default_rng(0)
 
 
-def build(kernel):
+def build(kernel, target=None):
     """A callable of numpy arrays: in-place arguments come back through the arrays themselves."""
-    triple = {"kind": "llvm", "mcpu": "x86-64-v4" if HAS_VNNI else "x86-64-v3"}
-    if HAS_VNNI:
-        triple["mattr"] = ["+avx512vnni"]
-    target = tvm.target.Target(triple)
+    target = target or ("x86-64-v4-vnni" if HAS_VNNI else "x86-64-v3")
+    target = tvm.target.Target(load_recipes(ROOT / "recipes").targets[target].tvm)
     function = tvm.compile(tvm.IRModule({"f": kernel.with_attr("global_symbol", "f")}), target)["f"]
 
     def run(*args):
@@ -78,7 +89,7 @@ def codes_for(n, width):
 @pytest.mark.parametrize(("rows", "width"), [(32, 64), (48, 96), (16, 192), (96, 256)])
 @pytest.mark.parametrize(("bias", "residual"), [(False, False), (True, False), (False, True), (True, True)])
 def test_linear_vnni(rng, rows, width, bias, residual):
-    packed, dense = make_weights(rng, Q4F16, "x86-vnni-16x64", (rows, width))
+    packed, dense = make_weights(rng, Q4F16, "int8-16x64", (rows, width))
     quantizer = build(quantize_rows.make_quantize_rows(width))
     kernel = build(linear_vnni.make_linear(rows, width, bias=bias, residual=residual))
     shift = rng.normal(size=rows).astype(np.float32)
@@ -104,9 +115,37 @@ def test_linear_rows16(rng, q, residual):
         np.testing.assert_allclose(y[:, :rows], wanted, atol=2e-5, err_msg=f"{n} rows")
 
 
+DOT_TARGETS = {"avx_vnni": "x86-64-v3-vnni", "avx512bw": "x86-64-v4", "avx2": "x86-64-v3"}
+
+
+@pytest.mark.parametrize("feature", DOT_TARGETS)
+@pytest.mark.parametrize(("bias", "residual"), [(False, False), (True, True)])
+def test_linear_dot(rng, feature, bias, residual):
+    if feature not in (get_cpu_features() or ()):
+        pytest.skip(f"this processor has no {feature}")
+    packed, dense = make_weights(rng, Q4F16, "int8-16x64", (48, 160))
+    quantizer = build(quantize_rows.make_quantize_rows(160))
+    has = {"bias": bias, "residual": residual}
+    kernel = build(linear_dot.make_linear(48, 160, linear_dot.DOTS[feature], **has), DOT_TARGETS[feature])
+    vnni = build(linear_vnni.make_linear(48, 160, **has)) if HAS_VNNI else None
+    shift = rng.normal(size=48).astype(np.float32)
+    for n in ROWS:
+        x = rng.normal(size=(n, 160)).astype(np.float32)
+        x[0, :32] = 1  # all codes 127, the largest sum
+        acts, y = codes_for(n, 160), rng.normal(size=(n, 48)).astype(np.float32)
+        wanted = quantize(x) @ dense.T + (shift if bias else 0) + (y if residual else 0)
+        args, before = [*packed, *acts, *([shift] if bias else [])], y.copy()
+        quantizer(x, *acts)
+        kernel(*args, y)
+        np.testing.assert_allclose(y, wanted, atol=2e-5, err_msg=f"{n} rows")
+        if vnni is not None:
+            vnni(*args, before)
+            np.testing.assert_array_equal(y, before)
+
+
 @needs_vnni
 def test_linear_vnni_is_batch_invariant(rng):
-    packed, _ = make_weights(rng, Q4F16, "x86-vnni-16x64", (96, 256))
+    packed, _ = make_weights(rng, Q4F16, "int8-16x64", (96, 256))
     quantizer = build(quantize_rows.make_quantize_rows(256))
     kernel = build(linear_vnni.make_linear(96, 256, bias=False, residual=False))
     x, results = rng.normal(size=(131, 256)).astype(np.float32), []
@@ -137,10 +176,10 @@ def test_embedding_rows16(rng, q):
     np.testing.assert_allclose(y, dense[ids], rtol=1e-6, atol=1e-7)
 
 
-def test_embedding_vnni(rng):
-    packed, dense = make_weights(rng, Q4F16, "x86-vnni-16x64", (40, 96))
+def test_embedding_int8(rng):
+    packed, dense = make_weights(rng, Q4F16, "int8-16x64", (40, 96))
     ids, y = np.array([0, 39, 17, 16], np.int32), np.zeros((4, 96), np.float32)
-    build(embedding.make_embedding_vnni(40, 96))(ids, *packed, y)
+    build(embedding.make_embedding_int8(40, 96))(ids, *packed, y)
     np.testing.assert_array_equal(y, dense[ids])
 
 
@@ -252,7 +291,7 @@ EXTREMES = [1e4, -1e4, 0.0, 1e-40, -1e-40, 1.0]
 def test_extreme_activations_stay_finite(rng):
     """Outliers, zeros and denormals go through norm, gate, quantization and matmul without a NaN."""
     width = 128
-    packed, dense = make_weights(rng, Q4F16, "x86-vnni-16x64", (32, width))
+    packed, dense = make_weights(rng, Q4F16, "int8-16x64", (32, width))
     x = rng.choice(np.array(EXTREMES, np.float32), (9, width))
     x[0], x[1] = 0, 1e-40
     y, normed = np.zeros((9, 32), np.float32), np.zeros((9, width), np.float32)

@@ -51,13 +51,13 @@ def test_accepts():
     accepted = {name: [q.name for q in (Q4F16, Q4F32, Q0F16) if get_layout(name).accepts(q)] for name in list_layouts()}
     assert accepted["canonical"] == ["q4f16_1", "q4f32_1", "q0f16"]
     assert accepted["rows16"] == ["q4f16_1", "q4f32_1", "q0f16"]
-    assert accepted["x86-vnni-16x64"] == ["q4f16_1"]
+    assert accepted["int8-16x64"] == ["q4f16_1"]
 
 
 def test_vectors():
     assert get_layout("canonical").vector_dtype(Q4F16) == "float16"
     assert get_layout("rows16").vector_dtype(Q4F16) == "float32"
-    assert get_layout("x86-vnni-16x64").vector_dtype(Q4F16) == "float32"
+    assert get_layout("int8-16x64").vector_dtype(Q4F16) == "float32"
 
 
 def test_rows16_has_the_row_innermost_and_pads_with_zero():
@@ -77,7 +77,7 @@ def test_vnni_bytes_are_where_the_kernel_reads_them():
     codes[:rows, :width] = get_codes(tensors["q_weight"])
     scales = np.zeros((32, 4), np.float16)
     scales[:rows, : width // 32] = tensors["q_scale"]
-    tiles = get_layout("x86-vnni-16x64").pack(Q4F16, tensors)["q_tiles"]
+    tiles = get_layout("int8-16x64").pack(Q4F16, tensors)["q_tiles"]
     for tile, block, group, row in np.ndindex(2, 2, 2, 16):
         data = tiles[tile, block]
         at = tile * 16 + row

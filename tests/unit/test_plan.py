@@ -40,13 +40,13 @@ def test_one_variant_has_one_chain() -> None:
     plan = make_plan()
     assert {name: action.after for name, action in plan.actions.items()} == {
         "download:tiny": (),
-        "convert:tiny/q4f16_1/rows16": ("download:tiny",),
+        "convert:tiny/q4f16_1/int8-16x64": ("download:tiny",),
         "compile:tiny/q4f16_1/x86-64-v3": (),
         "reference:tiny": ("download:tiny",),
         "package:tiny/q4f16_1/x86-64-v3": (
             "compile:tiny/q4f16_1/x86-64-v3",  # first, so that a missing toolchain shows before a long download
             "download:tiny",
-            "convert:tiny/q4f16_1/rows16",
+            "convert:tiny/q4f16_1/int8-16x64",
         ),
         "verify:tiny/q4f16_1/x86-64-v3": ("package:tiny/q4f16_1/x86-64-v3", "reference:tiny"),
     }
@@ -76,8 +76,8 @@ def run_nothing(package: Path, variables: dict[str, str]) -> None:
 
 
 def test_variants_share_what_they_can() -> None:
-    names = make_plan(target="x86-64-v3,x86-64-v4,aarch64").actions
-    assert [name for name in names if name.startswith("convert:")] == ["convert:tiny/q4f16_1/rows16"]
+    names = make_plan(target="x86-64-v3,x86-64-v4,aarch64-dotprod").actions
+    assert [name for name in names if name.startswith("convert:")] == ["convert:tiny/q4f16_1/int8-16x64"]
     assert sum(name.startswith("compile:") for name in names) == 3
 
 
@@ -218,8 +218,8 @@ def test_dodo_defines_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     assert names["DOIT_CONFIG"] == {"default_tasks": ["build:tiny/q4f16_1/x86-64-v3"]}
     assert {"task_actions", "task_serve", "task_chat", "task_test", "task_variants"} <= set(names)
     tasks = {f"{task['basename']}:{task['name']}": task for task in make_tasks()}
-    assert tasks["convert:tiny/q4f16_1/rows16"]["targets"] == ["artifacts/weights/tiny-q4f16_1-rows16"]
-    assert tasks["convert:tiny/q4f16_1/rows16"]["doc"] == tasks["convert:None"]["doc"]
+    assert tasks["convert:tiny/q4f16_1/int8-16x64"]["targets"] == ["artifacts/weights/tiny-q4f16_1-int8-16x64"]
+    assert tasks["convert:tiny/q4f16_1/int8-16x64"]["doc"] == tasks["convert:None"]["doc"]
 
 
 def test_a_package_task_wants_one_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,18 +123,18 @@ def test_errors_name_the_way_out():
 
 def test_registry_is_the_folder():
     assert {"group", "plain"} <= set(list_methods())
-    assert {"canonical", "rows16", "x86-vnni-16x64"} <= set(list_layouts())
+    assert {"canonical", "rows16", "int8-16x64"} <= set(list_layouts())
 
 
 def test_the_first_layout_that_accepts_is_chosen():
-    fields = {"name": "t", "kind": "cpu", "arch": "x86_64", "tvm": {}, "layouts": ["x86-vnni-16x64", "rows16"]}
+    fields = {"name": "t", "kind": "cpu", "arch": "x86_64", "tvm": {}, "layouts": ["int8-16x64", "rows16"]}
     target = Target.model_validate(fields)
-    assert choose_layout(target, Q4F16) == "x86-vnni-16x64"
+    assert choose_layout(target, Q4F16) == "int8-16x64"
     assert choose_layout(target, Q4F32) == "rows16"
-    only = Target.model_validate(fields | {"layouts": ["x86-vnni-16x64"]})
+    only = Target.model_validate(fields | {"layouts": ["int8-16x64"]})
     with pytest.raises(RecipeError) as caught:
         choose_layout(only, Q4F32)
     assert str(caught.value) == (
-        "target 't' has no weight layout for quantization 'q4f32_1' (tried x86-vnni-16x64)\n"
+        "target 't' has no weight layout for quantization 'q4f32_1' (tried int8-16x64)\n"
         "  hint: choose another quantization, or add a layout to the target recipe"
     )

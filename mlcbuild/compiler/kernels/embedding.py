@@ -9,8 +9,8 @@ from tvm.script.ir_builder import tirx as T
 
 from mlcbuild.compiler.kernels import tir
 from mlcbuild.compiler.kernels.linear_rows16 import make_reader
-from mlcbuild.compiler.kernels.linear_vnni import BLOCK_BYTES
 from mlcbuild.compiler.kernels.tir import Expr
+from mlcbuild.quantization.layouts.int8_16x64 import BLOCK_BYTES
 from mlcbuild.recipes.schema import Quantization
 
 ZERO_POINT = 7
@@ -21,8 +21,8 @@ def make_embedding_rows16(vocab_size: int, hidden: int, q: Quantization) -> tirx
     return _make(hidden, lambda: make_reader(-(-vocab_size // 16), hidden, q).element)
 
 
-def make_embedding_vnni(vocab_size: int, hidden: int) -> tirx.PrimFunc:
-    """(ids i32 [n], tiles uint8, y f32 [n, hidden]) in the layout `x86-vnni-16x64`."""
+def make_embedding_int8(vocab_size: int, hidden: int) -> tirx.PrimFunc:
+    """(ids i32 [n], tiles uint8, y f32 [n, hidden]) in the layout `int8-16x64`."""
     tiles, blocks = -(-vocab_size // 16), -(-hidden // 64)
 
     def reader() -> Callable[[Expr, Expr, Expr], Expr]:

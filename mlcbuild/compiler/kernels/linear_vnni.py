@@ -1,4 +1,4 @@
-"""4-bit weights times int8 activations with AVX-512 VNNI, over the weight layout `x86-vnni-16x64`.
+"""4-bit weights times int8 activations with AVX-512 VNNI, over the weight layout `int8-16x64`.
 
 y[m, n] = sum over groups of  scale_w * scale_x * (stored . codes + correction)  (+ bias) (+ y).
 
@@ -18,8 +18,8 @@ from tvm.script.ir_builder import tirx as T
 from mlcbuild.compiler.kernels import tir
 from mlcbuild.compiler.kernels.quantize_rows import GROUP, MAX_BLOCK, block_rows, code_args
 from mlcbuild.compiler.kernels.tir import F32, I32, Accumulator, Expr, f32, fma, put, spread, vec
+from mlcbuild.quantization.layouts.int8_16x64 import BLOCK_BYTES
 
-BLOCK_BYTES = 576  # 16 rows x 64 inputs: 64 bytes of scales, 512 of codes
 AHEAD = 2304  # bytes of weights asked for in advance by the many-row path, too busy for the hardware prefetcher
 
 

@@ -53,13 +53,13 @@ def scratch(elements: Expr, dtype: str = "float32") -> Expr:
     return T.alloc_buffer((elements,), dtype, scope="global", align=64)
 
 
-def make_store(y: Expr, bias: Expr | None, residual: bool) -> Callable[[Expr, Expr, Expr], None]:
-    """`store(row, tile, value)` for a matmul: 16 outputs, plus bias where there is one, added to y or written to it."""
+def make_store(y: Expr, bias: Expr | None, residual: bool, lanes: int = LANES) -> Callable[[Expr, Expr, Expr], None]:
+    """`store(row, i, value)` for a matmul: outputs i * lanes on, plus a bias if there is one, added to y or written."""
 
-    def store(row: Expr, tile: Expr, value: Expr) -> None:
+    def store(row: Expr, i: Expr, value: Expr) -> None:
         if bias is not None:
-            value = value + vec(bias, tile * LANES)
-        put2(y, row, tile * LANES, value + vec2(y, row, tile * LANES) if residual else value)
+            value = value + vec(bias, i * lanes, lanes)
+        put2(y, row, i * lanes, value + vec2(y, row, i * lanes, lanes) if residual else value, lanes)
 
     return store
 
@@ -74,17 +74,17 @@ def for_each_row(n: Expr, emit: Callable[[Expr], None]) -> None:
 
 
 class Accumulator:
-    """One vector register: a 64-byte buffer of constant index, which LLVM promotes to a register."""
+    """One vector register: a buffer of constant index, which LLVM promotes to a register."""
 
-    def __init__(self, value: Expr | None = None, dtype: str = "float32") -> None:
-        self.buffer = scratch(LANES, dtype)
-        self.set(spread(T.float32(0)) if value is None else value)
+    def __init__(self, value: Expr | None = None, dtype: str = "float32", lanes: int = LANES) -> None:
+        self.buffer, self.lanes = scratch(lanes, dtype), lanes
+        self.set(spread(T.float32(0), lanes) if value is None else value)
 
     def get(self) -> Expr:
-        return vec(self.buffer, 0)
+        return vec(self.buffer, 0, self.lanes)
 
     def set(self, value: Expr) -> None:
-        put(self.buffer, 0, value)
+        put(self.buffer, 0, value, self.lanes)
 
 
 def spread(x: Expr, lanes: int = LANES) -> Expr:
@@ -92,9 +92,9 @@ def spread(x: Expr, lanes: int = LANES) -> Expr:
     return T.broadcast(x, lanes)
 
 
-def f32(value: float) -> Expr:
+def f32(value: float, lanes: int = LANES) -> Expr:
     """A constant in every lane."""
-    return spread(T.float32(value))
+    return spread(T.float32(value), lanes)
 
 
 def vec(buffer: Expr, offset: Expr, lanes: int = LANES) -> Expr:
@@ -127,9 +127,9 @@ def call(dtype: str, name: str, *args: Expr) -> Expr:
     return T.call_llvm_pure_intrin(dtype, f"llvm.{name}", *args)
 
 
-def fma(a: Expr, b: Expr, c: Expr) -> Expr:
+def fma(a: Expr, b: Expr, c: Expr, lanes: int = LANES) -> Expr:
     """a * b + c in one rounding."""
-    return call(F32, "fma", a, b, c)
+    return call(f"float32x{lanes}", "fma", a, b, c)
 
 
 def maximum(a: Expr, b: Expr) -> Expr:

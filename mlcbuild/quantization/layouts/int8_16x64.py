@@ -1,4 +1,7 @@
-"""x86-vnni-16x64: blocks of 16 rows x 64 inputs that `vpdpbusd` reads as one stream (AVX-512 VNNI).
+"""int8-16x64: blocks of 16 rows x 64 inputs, a stream for processors that multiply bytes by fours or by pairs.
+
+AVX-512 VNNI (`vpdpbusd`), AVX-VNNI, plain AVX2 and AVX-512 (`vpmaddubsw`) and ARM's dot products (`sdot`) all read it,
+so that packages for different processors share their weights.
 
 A block is 576 bytes: 64 B of scales [2 groups][16 rows] float16, then codes [2 groups][4 vectors][64 B]. Byte r*4+b of
 vector v holds the code of row r at input v*4+b of its group of 32 in the low half, at 16+v*4+b in the high half: the

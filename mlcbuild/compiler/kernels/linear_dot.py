@@ -1,0 +1,189 @@
+"""4-bit weights times int8 activations over the weight layout `int8-16x64`, for processors without AVX-512 VNNI.
+
+y[m, n] = sum over groups of  scale_w * scale_x * (stored . codes + correction)  (+ bias) (+ y): as linear_vnni.py, and
+the same to the last bit, since integers are exact and the floating-point sums have the same order. A tile of 16
+outputs is cut into parts as wide as a register; a group of a few parts is unpacked once and meets all rows of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
+
+from mlcbuild.compiler.kernels import tir
+from mlcbuild.compiler.kernels.quantize_rows import GROUP, MAX_BLOCK, block_rows, code_args
+from mlcbuild.compiler.kernels.tir import Accumulator, Expr, f32, put, spread, vec
+from mlcbuild.quantization.layouts.int8_16x64 import BLOCK_BYTES, SCALE_BYTES
+from mlcbuild.quantization.layouts.rows16 import ROWS
+
+AHEAD = 2304  # bytes of weights asked for in advance by the many-row path
+
+
+@dataclass(frozen=True, slots=True)
+class Dot:
+    """A way to multiply bytes: `lanes` int32 sums to a register, and `parts` of a tile that registers hold at once.
+
+    `instruction` is LLVM's name of a four-byte dot product that accumulates, or of a two-byte one (`pairs`) whose
+    int16 sums of a whole group (at most 8 * 2 * 15 * 127 = 30,480) another instruction adds up to int32.
+    """
+
+    name: str
+    lanes: int
+    parts: int
+    instruction: str
+    pairs: str = ""
+
+    def add_group(self, weights: list[Expr], codes: list[Expr], start: Expr) -> Expr:
+        """int32 [lanes]: start + the dot products of 32 inputs, eight registers of four a side."""
+        if self.pairs:
+            words = f"int16x{2 * self.lanes}"
+            total = None
+            for w, x in zip(weights, codes, strict=True):
+                products = T.bind(tir.call(words, self.instruction, w, x))
+                total = products if total is None else T.bind(total + products)
+            ones = spread(T.int16(1), 2 * self.lanes)
+            return start + tir.call(f"int32x{self.lanes}", self.pairs, total, ones)
+        chains = [start, spread(T.int32(0), self.lanes)]
+        for i, (w, x) in enumerate(zip(weights, codes, strict=True)):
+            chains[i % 2] = T.bind(tir.call(f"int32x{self.lanes}", self.instruction, chains[i % 2], w, x))
+        return chains[0] + chains[1]
+
+
+# By the CPU feature that a target requires, best first; feature names are those of /proc/cpuinfo.
+DOTS = {
+    "avx_vnni": Dot("avx_vnni", 8, 1, "x86.avx512.vpdpbusd.256"),
+    "avx512bw": Dot("avx512bw", 16, 2, "x86.avx512.pmaddubs.w.512", "x86.avx512.pmaddw.d.512"),
+    "avx2": Dot("avx2", 8, 1, "x86.avx2.pmadd.ub.sw", "x86.avx2.pmadd.wd"),
+    "asimddp": Dot("asimddp", 4, 2, "aarch64.neon.sdot.v4i32.v16i8"),
+}
+
+
+def choose_dot(features: Collection[str]) -> Dot | None:
+    """The best way that a processor with these features has; None where it has none."""
+    return next((dot for feature, dot in DOTS.items() if feature in features), None)
+
+
+def make_linear(out_features: int, in_features: int, dot: Dot, *, bias: bool, residual: bool) -> tirx.PrimFunc:
+    """PrimFunc (tiles uint8, codes, scales, corrections, [bias f32 [N]], y f32 [n, N']) with N' = N rounded up to 16.
+
+    With `residual` y is added to in place, else it is written.
+    """
+    tiles, blocks = -(-out_features // ROWS), -(-in_features // 64)
+
+    def body() -> None:
+        n = tir.size("n")
+        w = tir.arg("tiles", (tiles, blocks, BLOCK_BYTES), "uint8")
+        acts = code_args(in_features)
+        b = tir.arg("bias", (out_features,), "float32") if bias else None
+        y = tir.arg("y", (n, tiles * ROWS), "float32")
+        store = tir.make_store(y, b, residual, dot.lanes)
+        with tir.root():
+            tir.begin()
+            with T.parallel(tiles) as tile, T.If(n == 1):
+                with T.Then():
+                    _one_row(Tile(w, tile, dot), acts, blocks, store)
+                with T.Else():
+                    _many_rows(Tile(w, tile, dot), acts, n, blocks, store)
+
+    return tir.make_prim_func(body)
+
+
+class Tile:
+    """Sixteen rows of weights, read in parts of `dot.lanes` rows."""
+
+    def __init__(self, w: Expr, tile: Expr, dot: Dot) -> None:
+        self.w, self.tile, self.dot = w, tile, dot
+        self.parts = ROWS // dot.lanes
+
+    def load(self, block: Expr, at: Expr, count: int) -> Expr:
+        return self.w[self.tile, block, T.ramp(at, 1, count)]
+
+    def scale(self, block: Expr, group: int, part: int) -> Expr:
+        """float32 [lanes]: the scales of a part."""
+        lanes = self.dot.lanes
+        halves = self.load(block, group * 2 * ROWS + part * 2 * lanes, 2 * lanes)
+        return tir.to_f32(T.reinterpret(f"float16x{lanes}", halves), lanes)
+
+    def unpack(self, block: Expr, group: int, part: int) -> list[Expr]:
+        """Eight registers of 4-bit codes as bytes: inputs 0-15 of the group, then 16-31, four a lane."""
+        size = 4 * self.dot.lanes
+        low, out = spread(T.uint8(15), size), [None] * 8
+        for v in range(4):
+            x = T.bind(self.load(block, SCALE_BYTES + group * 256 + v * 64 + part * size, size))
+            words = T.reinterpret(f"uint16x{size // 2}", x) >> spread(T.uint16(4), size // 2)
+            out[v], out[4 + v] = T.bind(x & low), T.bind(T.reinterpret(f"uint8x{size}", words) & low)
+        return out
+
+    def prefetch(self, block: Expr, group: int) -> None:
+        for line in range(5 - group):
+            tir.prefetch(T.address_of(self.w[self.tile, block, AHEAD + group * 320 + line * 64]))
+
+
+def _load_codes(codes: Expr, at: Expr, lanes: int) -> list[Expr]:
+    """The 32 activation codes of entry `at`: eight registers, each with four codes in every lane."""
+    fours = [T.reinterpret("int32", vec(codes, at * GROUP + v * 4, 4)) for v in range(8)]
+    return [T.bind(T.reinterpret(f"int8x{4 * lanes}", spread(four, lanes))) for four in fours]
+
+
+def _one_row(tile: Tile, acts: tuple[Expr, Expr, Expr], blocks: int, store: Callable[..., None]) -> None:
+    codes, scales, corrections = acts
+    lanes = tile.dot.lanes
+    sums = [[Accumulator(f32(0, lanes), lanes=lanes) for _ in range(2)] for _ in range(tile.parts)]
+    with T.serial(blocks) as block:
+        for g in range(2):
+            at = block * 2 + g
+            inputs = _load_codes(codes, at, lanes)
+            for part in range(tile.parts):
+                start = spread(corrections[at], lanes)
+                dot = tile.dot.add_group(tile.unpack(block, g, part), inputs, start)
+                scale = tile.scale(block, g, part) * spread(scales[at], lanes)
+                sums[part][g].set(tir.fma(tir.to_f32(dot, lanes), scale, sums[part][g].get(), lanes))
+    for part, (even, odd) in enumerate(sums):
+        store(0, tile.tile * tile.parts + part, even.get() + odd.get())
+
+
+def _many_rows(tile: Tile, acts: tuple[Expr, Expr, Expr], n: Expr, blocks: int, store: Callable[..., None]) -> None:
+    lanes, together = tile.dot.lanes, tile.dot.parts
+    rows = T.bind(block_rows(n))
+    sums = tir.scratch(MAX_BLOCK * 2 * ROWS)
+    with T.serial((n + rows - 1) // rows) as block_of_rows:
+        with T.serial(rows * 2) as i:
+            put(sums, i * ROWS, f32(0))
+        with T.serial(blocks) as block:
+            for g in range(2):
+                tile.prefetch(block, g)
+                first = T.bind((block_of_rows * (2 * blocks) + block * 2 + g) * rows)
+                for begin in range(0, tile.parts, together):
+                    parts = range(begin, min(begin + together, tile.parts))
+                    weights = [(p, T.bind(tile.scale(block, g, p)), tile.unpack(block, g, p)) for p in parts]
+                    with T.serial(rows) as m:
+                        _accumulate_row(tile.dot, acts, weights, first, m, g, sums)
+        with T.serial(rows) as m:
+            row = T.bind(block_of_rows * rows + m)
+            with T.If(row < n), T.Then():
+                for part in range(tile.parts):
+                    at = m * (2 * ROWS) + part * lanes
+                    value = vec(sums, at, lanes) + vec(sums, at + ROWS, lanes)
+                    store(row, tile.tile * tile.parts + part, value)
+
+
+def _accumulate_row(
+    dot: Dot,
+    acts: tuple[Expr, Expr, Expr],
+    weights: list[tuple[int, Expr, list[Expr]]],
+    first: Expr,
+    m: Expr,
+    g: int,
+    sums: Expr,
+) -> None:
+    """One row of activations against the unpacked group of a few parts."""
+    codes, scales, corrections = acts
+    at, lanes = T.bind(first + m), dot.lanes
+    inputs = _load_codes(codes, at, lanes)
+    for part, scale, unpacked in weights:
+        o = (m * 2 + g) * ROWS + part * lanes
+        total = tir.to_f32(dot.add_group(unpacked, inputs, spread(corrections[at], lanes)), lanes)
+        put(sums, o, tir.fma(total, scale * spread(scales[at], lanes), vec(sums, o, lanes), lanes), lanes)
