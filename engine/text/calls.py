@@ -294,6 +294,10 @@ class ShapeParser:
             name, call_id = name.removeprefix(self._shape.id_prefix).rpartition(":")[0], name
         elif self._shape.short_ids:
             call_id = uuid.uuid4().hex[:ID_LENGTH]
+        if NAME.fullmatch(name) is None:  # no call: its marks are content as well
+            self._held = (self._shape.between if self.count else self._shape.begin + self._shape.opening) + self._held
+            self._state = "end"
+            return True
         pieces.append(Piece("call", name, self.count, call_id))
         self._held = self._held[at + len(after) :]
         self._reader = self._shape.spelling.start(self._schemas.get(name, {}))
