@@ -221,7 +221,8 @@ def _take(reply: _Reply, data: str, now: float) -> None:
         delta = choice.get("delta")
         if isinstance(delta, dict) and any(delta.get(name) for name in TEXTS):
             reply.arrivals.append(now)
-        reply.finish = choice.get("finish_reason") or reply.finish
+        if isinstance(choice.get("finish_reason"), str):
+            reply.finish = choice["finish_reason"]
 
 
 def _make_headers(api_key: str) -> dict[str, str]:
@@ -230,20 +231,25 @@ def _make_headers(api_key: str) -> dict[str, str]:
 
 def _get_count(usage: dict[str, Any], name: str) -> int | None:
     value = usage.get(name)
-    return value if isinstance(value, int) else None
+    return value if type(value) is int and value >= 0 else None  # True is an int, too
 
 
 def _get_message(body: bytes) -> str:
-    """The text of an OpenAI error body, else the beginning of the body; one line of printable characters."""
+    """The text of an OpenAI error body, else the beginning of the body."""
     text = body.decode("utf-8", errors="replace")
     try:
         found = json.loads(text)["error"]
         text = str(found["message"] if isinstance(found, dict) else found)
     except (ValueError, KeyError, TypeError):
         pass
-    return "".join(c if c.isprintable() else " " for c in text)[:MOST_ERROR_CHARS].strip() or "no body"
+    return _make_line(text) or "no body"
+
+
+def _make_line(text: str) -> str:
+    """The beginning of a text that somebody else wrote, fit for a terminal."""
+    return "".join(c if c.isprintable() else " " for c in text)[:MOST_ERROR_CHARS].strip()
 
 
 def _describe(error: Exception) -> str:
-    text = str(error)[:MOST_ERROR_CHARS]
+    text = _make_line(str(error))
     return text if isinstance(error, BadReply) else f"{type(error).__name__}: {text}" if text else type(error).__name__
