@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from engine.artifact import Package, open_package
@@ -20,7 +21,8 @@ class LoadedModel:
     """What the server and the terminal chat work with. Whoever loads it closes `engine`.
 
     `name` is what clients call it, `variant` the id of its package, `created` seconds since 1970. `form` is how it
-    spells tool calls, None if it cannot call tools; `reasoning` the tag around its thoughts, as think of <think>.
+    spells tool calls, None if it cannot, and `tool_format` its name; `reasoning` the tag around its thoughts, as think
+    of <think>.
     """
 
     name: str
@@ -30,6 +32,17 @@ class LoadedModel:
     defaults: SamplingParams
     form: CallFormat | None = None
     reasoning: str | None = None
+    tool_format: str | None = None
+    _call_watchers: list[Callable[[], None]] = field(default_factory=list)
+
+    def watch_calls(self, watcher: Callable[[], None]) -> None:
+        """From now on tell `watcher` of each reply that ends within a call."""
+        self._call_watchers.append(watcher)
+
+    def note_broken_call(self) -> None:
+        """A reply has ended within a call."""
+        for watcher in self._call_watchers:
+            watcher()
 
     @property
     def thinks(self) -> bool:
@@ -62,7 +75,8 @@ def load_model(
     make = make_package_engine(path, budget, prefix_cache=prefix_cache, draft_tokens=draft_tokens, draft=draft)
     engine = EngineThread(make, queue_limit=queue_limit)
     name = name or variant.split("/")[0]
-    return LoadedModel(name, variant, int(time.time()), engine, defaults, form, chat["reasoning"])
+    created, tool_format = int(time.time()), chat["tool_format"]
+    return LoadedModel(name, variant, created, engine, defaults, form, chat["reasoning"], tool_format)
 
 
 def load_defaults(package: Package) -> SamplingParams:

@@ -28,11 +28,11 @@ from engine.core import Output, SamplingParams, join_outputs
 from engine.errors import InvalidRequest
 from engine.model import LoadedModel
 from engine.reply import Reply
-from engine.server.chunks import ChunkMaker, ChunkWriter
+from engine.server.chunks import ChunkWriter, make_maker
 from engine.server.completion import collect_all, find_error, make_completion
 from engine.server.protocol.chat import ChatChunk, ChatCompletion, ChatRequest
 from engine.server.protocol.errors import make_validation_error
-from engine.server.wishes import check_model_name, check_supported, make_params, make_prompt, make_reading
+from engine.server.wishes import check_model_name, check_supported, get_schedule, make_params, make_prompt, make_reading
 from engine.text.reading import Reading
 
 
@@ -123,7 +123,7 @@ class Job:
         replies: list[Reply] = []
         try:
             for params in make_choice_params(self.params, self.body.n or 1):
-                replies.append(self.model.engine.generate(self.tokens, params))
+                replies.append(self.model.engine.generate(self.tokens, params, **get_schedule(self.body)))
         except BaseException:
             for reply in replies:
                 reply.close()
@@ -132,7 +132,7 @@ class Job:
 
     def start_async(self) -> Choices:
         """As `start`, for the running loop."""
-        stream = partial(self.model.engine.stream, self.tokens)
+        stream = partial(self.model.engine.stream, self.tokens, **get_schedule(self.body))
         return start_choices(stream, self.params, self.body.n or 1, self.name)
 
     def collect(self, replies: Sequence[Reply]) -> ChatCompletion:
@@ -168,11 +168,10 @@ class Job:
     def make_answer(self, outputs: Sequence[Output]) -> ChatCompletion:
         """The answer of replies that have ended."""
         names: Any = {"id": self.name, "created": self.created, "model": self.model.name}
-        return make_completion(outputs, **names, reading=self.reading, logprobs=bool(self.body.logprobs))
+        return make_completion(outputs, **names, reading=self.reading, body=self.body)
 
     def _make_writer(self) -> ChunkWriter:
-        usage = self.body.stream_options is not None and self.body.stream_options.include_usage
-        maker = ChunkMaker(self.name, self.created, self.model.name, usage)
+        maker = make_maker(self.body, self.name, self.created, self.model.name)
         return ChunkWriter(maker, self.body.n or 1, self.reading)
 
 

@@ -18,8 +18,9 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -107,6 +108,11 @@ class GrammarCompiler:
         self._tokenizer: LLTokenizer | None = None  # takes a while for a large vocabulary, so only when needed
         self._lock = threading.Lock()
         self._cache: OrderedDict[bytes, Grammar | str] = OrderedDict()
+        self._watchers: list[Callable[[float, bool], None]] = []
+
+    def watch(self, watcher: Callable[[float, bool], None]) -> None:
+        """From now on tell `watcher` of each compilation: its seconds, and whether it succeeded."""
+        self._watchers.append(watcher)
 
     def compile(self, text: str, *, param: str = "response_format") -> Grammar:
         """The grammar of `text`, from one of the make_ functions or in llguidance's dialect of Lark.
@@ -119,7 +125,10 @@ class GrammarCompiler:
         with self._lock:
             found = self._cache.get(key)
             if found is None:
+                start = time.monotonic()
                 self._cache[key] = found = self._compile(text)
+                for watcher in self._watchers:
+                    watcher(time.monotonic() - start, isinstance(found, Grammar))
             self._cache.move_to_end(key)
             if len(self._cache) > CACHED:
                 self._cache.popitem(last=False)

@@ -8,7 +8,7 @@ from engine import core
 from engine.choices import add_usage
 from engine.core import Output
 from engine.server.completion import find_error, make_logprobs, make_timings, make_usage
-from engine.server.protocol.chat import ChatChunk, ChunkChoice, Delta, Logprobs, Timings
+from engine.server.protocol.chat import ChatChunk, ChatRequest, ChunkChoice, Delta, Logprobs, Timings
 from engine.server.protocol.chat import Usage as WireUsage
 from engine.server.protocol.tools import make_call_delta
 from engine.text.calls import Piece
@@ -17,12 +17,16 @@ from engine.text.reading import Reading, ReplyReader
 
 @dataclass(frozen=True, slots=True)
 class ChunkMaker:
-    """Makes the chunks of one answer, which share their head. With `usage`, every chunk says null but the last one."""
+    """Makes the chunks of one answer, which share their head. With `usage`, every chunk says null but the last one.
+
+    `timings`: whether the chunk that ends a reply has them.
+    """
 
     id: str
     created: int
     model: str
     usage: bool
+    timings: bool = False
 
     def make(
         self,
@@ -49,6 +53,12 @@ class ChunkMaker:
         return ChatChunk.model_validate({**head, "choices": choices, **extra})
 
 
+def make_maker(body: ChatRequest, id: str, created: int, model: str) -> ChunkMaker:
+    """A ChunkMaker for the answer to `body`."""
+    usage = body.stream_options is not None and body.stream_options.include_usage
+    return ChunkMaker(id, created, model, usage, bool(body.timings))
+
+
 class ChunkWriter:
     """Turns the Outputs of `count` replies into chunks: `start`, then `add` each Output, then `finish`."""
 
@@ -73,7 +83,7 @@ class ChunkWriter:
             made.append(self._chunks.make(delta, index=index, logprobs=logprobs))
             logprobs = None  # said once
         if output.finish_reason is not None and find_error(output) is None:
-            timings = make_timings(output.usage)
+            timings = make_timings(output.usage) if self._chunks.timings else None
             made.append(self._chunks.make(Delta(), reader.get_finish(output), timings, index=index))
         return made
 

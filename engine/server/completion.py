@@ -12,6 +12,7 @@ from engine.errors import EngineError, EngineStopped
 from engine.reply import AsyncReply
 from engine.server.protocol.chat import (
     ChatCompletion,
+    ChatRequest,
     Choice,
     CompletionTokensDetails,
     ContentLogprob,
@@ -96,13 +97,13 @@ async def collect_all(choices: Choices) -> list[Output]:
 
 
 def make_completion(
-    outputs: Sequence[Output], *, id: str, created: int, model: str, reading: Reading, logprobs: bool = False
+    outputs: Sequence[Output], *, id: str, created: int, model: str, reading: Reading, body: ChatRequest
 ) -> ChatCompletion:
-    """The body of an answer that is not streamed, a choice for each output. `created` is in seconds since 1970."""
+    """The answer to `body` that is not streamed, a choice for each output. `created` is in seconds since 1970."""
     usage = add_usage([output.usage for output in outputs])
     readers = [ReplyReader(reading) for _ in outputs]
     choices = [
-        make_choice(index, output, reader, logprobs)
+        make_choice(index, output, reader, bool(body.logprobs))
         for index, (output, reader) in enumerate(zip(outputs, readers, strict=True))
     ]
     return ChatCompletion(
@@ -112,7 +113,7 @@ def make_completion(
         model=model,
         choices=choices,
         usage=make_usage(usage, sum(reader.count_thoughts() for reader in readers)),
-        timings=make_timings(usage),
+        timings=make_timings(usage) if body.timings else None,
     )
 
 

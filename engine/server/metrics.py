@@ -58,8 +58,19 @@ class Metrics:
         self._decode = histogram("request_decode_time_seconds", "From the first token to the last one")
         self._prompt = histogram("request_prompt_tokens", "Tokens of a prompt", TOKENS)
         self._generation = histogram("request_generation_tokens", "Tokens of a reply", TOKENS)
+        self._compiling = histogram("grammar_compile_seconds", "To compile a grammar that was not in the cache")
+        self._uncompiled = counter("grammar_compile_failures", "Grammars that do not compile").labels(model.name)
+        broken = counter("tool_call_parse_failures", "Replies that end within a call", "format")
+        self._broken = broken.labels(model.name, model.tool_format or "none")
         self.registry.register(EngineState(model))
         model.engine.watch(self.watch)
+        model.engine.grammars.watch(self._watch_grammars)
+        model.watch_calls(self._broken.inc)
+
+    def _watch_grammars(self, seconds: float, compiled: bool) -> None:
+        self._compiling.observe(seconds)
+        if not compiled:
+            self._uncompiled.inc()
 
     def watch(self, output: Output) -> None:
         """Take note of an Output; called in the engine's thread."""

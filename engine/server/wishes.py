@@ -50,7 +50,17 @@ def make_prompt(body: ChatRequest, model: LoadedModel) -> list[int]:
     """The tokens of the conversation. Raises InvalidRequest when they cannot be made."""
     messages = [message.make_template_value() for message in body.messages]
     tools = [tool.model_dump(exclude_unset=True) for tool in body.tools or []] if get_tool_choice(body).tools else []
-    return model.engine.tokenizer.encode_chat(messages, tools=tools, **get_variables(body, model))
+    variables = get_variables(body, model)
+    try:
+        return model.engine.tokenizer.encode_chat(messages, tools=tools, **variables)
+    except InvalidRequest:
+        calls = [call["function"] for message in messages for call in message.get("tool_calls", ())]
+        broken = [call for call in calls if isinstance(call["arguments"], str)]
+        for call in broken:  # of a call that was cut off: some templates want an object at any rate
+            call["arguments"] = {"arguments": call["arguments"]}
+        if not broken:
+            raise
+    return model.engine.tokenizer.encode_chat(messages, tools=tools, **variables)
 
 
 def make_params(body: ChatRequest, model: LoadedModel, prompt: Sequence[int] = ()) -> SamplingParams:
@@ -72,6 +82,11 @@ def make_params(body: ChatRequest, model: LoadedModel, prompt: Sequence[int] = (
     return replace(model.defaults, **given)
 
 
+def get_schedule(body: ChatRequest) -> dict[str, Any]:
+    """What the request says of when to run it, as EngineThread.stream takes it."""
+    return {"priority": body.priority or 0, "timeout": body.timeout}
+
+
 def get_tool_choice(body: ChatRequest) -> ToolChoice:
     """Which tools the reply may call. Raises InvalidRequest."""
     return make_tool_choice(body.tools, body.tool_choice, body.parallel_tool_calls)
@@ -84,7 +99,7 @@ def make_reading(body: ChatRequest, model: LoadedModel, prompt: Sequence[int]) -
     tools = get_tool_choice(body).tools
     form = model.form if tools or (model.form is not None and model.form.channels and prompt) else None
     schemas = {tool.name: make_signature(tool).parameters for tool in tools}
-    return Reading(form, thinking, schemas, model.engine.tokenizer.count)
+    return Reading(form, thinking, schemas, model.engine.tokenizer.count, model.note_broken_call)
 
 
 def make_reply_grammar(body: ChatRequest, model: LoadedModel, thinking: Thinking | None) -> tuple[str, str] | None:

@@ -80,6 +80,10 @@ class CallParser(Protocol):
 
     count: int  # calls so far
 
+    @property
+    def within_call(self) -> bool:
+        """A call has begun, and its end has not come."""
+
     def push(self, text: str) -> list[Piece]:
         """What the reply gains with `text`; empty while it may mean several things."""
 
@@ -233,6 +237,11 @@ class ShapeParser:
         self._seen = False  # some content has come
         self._reader = shape.spelling.start({})
         self.count = 0  # calls so far
+
+    @property
+    def within_call(self) -> bool:
+        """As CallParser.within_call."""
+        return self._state in ("opening", "name", "arguments", "after")
 
     def push(self, text: str) -> list[Piece]:
         """What the reply gains with `text`; empty while it may mean several things."""

@@ -15,13 +15,15 @@ from engine.text.reasoning import Thinking, ThoughtParser
 class Reading:
     """How to read a reply. `form`: how it spells tool calls; `thinking`: how it thinks; None when it does not.
 
-    `schemas`: the parameters of each function that it may call. `count`: the number of tokens of a text.
+    `schemas`: the parameters of each function that it may call. `count`: the number of tokens of a text. `broken`:
+    called when a reply ends within a call.
     """
 
     form: CallFormat | None = None
     thinking: Thinking | None = None
     schemas: Mapping[str, Schema] = field(default_factory=dict)
     count: Callable[[str], int] = len
+    broken: Callable[[], None] = lambda: None
 
 
 def get_marks(chat: Mapping[str, Any]) -> str:
@@ -36,6 +38,7 @@ class ReplyReader:
     def __init__(self, reading: Reading) -> None:
         self._parser = None if reading.form is None else reading.form.make_parser(reading.schemas)
         self._count = reading.count
+        self._broken = reading.broken
         self._reasoning: list[str] = []
         self._thoughts = None if reading.thinking is None else ThoughtParser(reading.thinking)
 
@@ -48,7 +51,10 @@ class ReplyReader:
             thoughts = [piece for piece in pieces if piece.kind == "reasoning"]  # these come first
             contents = [piece for piece in pieces if piece.kind == "content"]
             pieces = thoughts + [p for piece in contents for p in self._parser.push(piece.text)]
-            pieces += self._parser.finish() if output.finish_reason else []
+            if output.finish_reason:
+                pieces += self._parser.finish()
+                if self._parser.within_call:
+                    self._broken()
         self._reasoning += [piece.text for piece in pieces if piece.kind == "reasoning"]
         return join_pieces(pieces)
 

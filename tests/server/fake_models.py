@@ -104,4 +104,5 @@ def load_fake(
         SamplingParams(temperature=0.0),
         load_format(tool_format),
         reasoning,
+        tool_format,
     )

@@ -24,7 +24,7 @@ def ask(client: openai.OpenAI, content, **fields):
 
 
 def test_whole_reply(client: openai.OpenAI) -> None:
-    reply = ask(client, "naïve 😀 café")
+    reply = ask(client, "naïve 😀 café", extra_body={"timings": True})
     assert reply.object == "chat.completion"
     assert reply.id.startswith("chatcmpl-")
     assert reply.model == "fake"
@@ -40,6 +40,7 @@ def test_whole_reply(client: openai.OpenAI) -> None:
     assert 0 <= usage.prompt_tokens_details.cached_tokens < usage.prompt_tokens
     assert reply.timings["ttft"] > 0
     assert reply.timings["tokens_per_second"] > 0
+    assert not hasattr(ask(client, "hi"), "timings")
 
 
 def test_streamed_reply_is_the_same(client: openai.OpenAI) -> None:

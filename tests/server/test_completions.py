@@ -47,6 +47,30 @@ def test_tokens_and_several_prompts(client: openai.OpenAI, http: httpx.Client) -
     assert stop.choices[0].text == say("one two") + "You said: one"
 
 
+def test_several_replies(client: openai.OpenAI) -> None:
+    """To each prompt `n` in a row, the first of them as it would come alone; a prompt counts once."""
+    prompts, wanted = [say("random"), say("one")], {"temperature": 1.0, "seed": 7}
+    alone = client.completions.create(model="fake", prompt=prompts, **wanted)  # type: ignore[call-overload]
+    answer = client.completions.create(model="fake", prompt=prompts, n=3, **wanted)  # type: ignore[call-overload]
+    texts = [choice.text for choice in answer.choices]
+    assert [choice.index for choice in answer.choices] == list(range(6))
+    assert len(set(texts[:3])) == 3
+    assert [texts[0], texts[3]] == [choice.text for choice in alone.choices]
+    assert set(texts[3:]) == {"You said: one"}
+    assert answer.usage.prompt_tokens == alone.usage.prompt_tokens
+    said = dict.fromkeys(range(6), "")
+    options = {"include_usage": True}
+    stream = client.completions.create(  # type: ignore[call-overload]
+        model="fake", prompt=prompts, n=3, stream=True, stream_options=options, **wanted
+    )
+    for chunk in stream:
+        for choice in chunk.choices:
+            said[choice.index] += choice.text
+    assert list(said.values()) == texts
+    assert chunk.usage.completion_tokens == answer.usage.completion_tokens
+    assert chunk.usage.prompt_tokens == answer.usage.prompt_tokens
+
+
 def test_stream(client: openai.OpenAI, http: httpx.Client) -> None:
     prompts = [say("one"), say("two")]
     said = ["", ""]
@@ -85,7 +109,8 @@ def test_one_of_several_fails(http: httpx.Client, server: Running, stream: bool)
     ("fields", "param", "text"),
     [
         ({"prompt": []}, "prompt", "prompt holds 0 prompts; send 1 to 128"),
-        ({"prompt": ["x"] * 129}, "prompt", "prompt holds 129 prompts"),
+        ({"prompt": ["x"] * 129}, "prompt", "129 prompts with n=1 ask for more than 128 replies; send fewer"),
+        ({"prompt": ["x"] * 9, "n": 15}, "prompt", "9 prompts with n=15 ask for more than 128 replies"),
         ({"prompt": [-1]}, "prompt", "a token of the prompt is not in the vocabulary; it must be 0 to 2047"),
         ({"prompt": [[5], [2**70]]}, "prompt", ""),
         ({"prompt": [[]]}, "prompt", "the prompt is empty"),
@@ -97,7 +122,7 @@ def test_one_of_several_fails(http: httpx.Client, server: Running, stream: bool)
         ({"suffix": "end"}, "suffix", "this server does not support this value of 'suffix'"),
         ({"logprobs": 21}, "logprobs", "less than or equal to 20"),
         ({"logprobs": True}, "logprobs", "input should be a valid integer"),
-        ({"n": 2}, "n", "'n'"),
+        ({"n": 17}, "n", "less than or equal to 16"),
         ({"best_of": 2}, "best_of", "'best_of'"),
         ({"messages": [{"role": "user", "content": "hi"}]}, "messages", "at most 0 items"),
     ],

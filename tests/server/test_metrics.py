@@ -14,7 +14,11 @@ from running import Running, run_fake_server, wait_until
 PATH = "/v1/chat/completions"
 HISTOGRAMS = ["time_to_first_token_seconds", "inter_token_latency_seconds", "e2e_request_latency_seconds"]
 HISTOGRAMS += ["request_queue_time_seconds", "request_prefill_time_seconds", "request_decode_time_seconds"]
-HISTOGRAMS += ["request_prompt_tokens", "request_generation_tokens"]
+HISTOGRAMS += ["request_prompt_tokens", "request_generation_tokens", "grammar_compile_seconds"]
+COUNTERS = ["prompt_tokens", "generation_tokens", "prefix_cache_queries", "prefix_cache_hits", "requests"]
+COUNTERS += ["requests_rejected", "requests_aborted", "preemptions", "spec_draft_tokens", "spec_accepted_tokens"]
+COUNTERS += ["tool_call_parse_failures", "grammar_compile_failures"]
+GAUGES = ["requests_running", "requests_waiting", "kv_cache_usage_ratio", "models_loaded", "engine_up", "build_info"]
 
 
 def read(running: Running) -> dict[str, float]:
@@ -79,10 +83,26 @@ def test_the_numbers() -> None:
 
 def test_what_is_promised_and_drawn(server: Running) -> None:
     ask(server, "hi")
+    ask(server, "hi", top_p=5)
     names = {name.partition("{")[0] for name in read(server)}
     assert {f"{name}_{part}" for name in HISTOGRAMS for part in ("bucket", "count", "sum")} <= names
-    assert {"models_loaded", "preemptions_total", "requests_waiting", "prefix_cache_evictions_total"} <= names
+    assert {*GAUGES, *(f"{name}_total" for name in COUNTERS)} <= names
     dashboard = json.loads((ROOT / "engine" / "server" / "grafana.json").read_text())
     drawn = set(re.findall(r"mlcbuild_(\w+)", json.dumps(dashboard["panels"])))
-    assert len(drawn) >= 18
-    assert drawn <= names | {"requests_rejected_total"}  # that one is there once something was refused
+    assert drawn <= names
+    unseen = {*(f"{name}_bucket" for name in HISTOGRAMS), *(f"{name}_total" for name in COUNTERS)} - drawn
+    assert unseen == set()
+
+
+def test_grammars_and_broken_calls() -> None:
+    tool = {"type": "function", "function": {"name": "now"}}
+    with run_fake_server() as running:
+        call = 'say <tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+        for _ in range(2):  # the second finds its grammar in the cache
+            assert ask(running, call, tools=[tool]).json()["choices"][0]["finish_reason"] == "tool_calls"
+        assert ask(running, call, tools=[tool], max_tokens=8).json()["choices"][0]["finish_reason"] == "length"
+        assert ask(running, "hi", grammar="start: (").status_code == 400
+        values = read(running)
+    assert values["grammar_compile_seconds_count"] == 2
+    assert values["grammar_compile_failures_total"] == 1
+    assert values["tool_call_parse_failures_total{format=hermes}"] == 1

@@ -7,6 +7,11 @@ import json
 import httpx
 import openai
 import pytest
+from fake_models import load_fake
+
+from engine.server.protocol.chat import ChatRequest, Message
+from engine.server.wishes import make_prompt
+from engine.text.template import ChatTemplate
 
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo", "days": 3}}\n</tool_call>'
 TIME = '<tool_call>\n{"name": "get_time", "arguments": {}}\n</tool_call>'
@@ -216,3 +221,26 @@ def test_schemas_of_tools_may_hold_unknown_keywords(http: httpx.Client) -> None:
     messages = [{"role": "user", "content": "hi"}]
     body = {"model": "fake", "messages": messages, **with_parameters({**schema, "if": {}, "then": {}})}
     assert http.post("/v1/chat/completions", json=body).status_code == 200
+
+
+def test_a_broken_call_of_an_earlier_turn_ends_no_conversation(http: httpx.Client) -> None:
+    """Also where the template wants an object: what was cut off is shown as it was."""
+    call = {"id": "c", "type": "function", "function": {"name": "now", "arguments": '{"zone": "UT'}}
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": "invalid arguments"},
+        {"role": "user", "content": "prompt"},
+    ]
+    answer = http.post("/v1/chat/completions", json={"model": "fake", "messages": messages})
+    assert answer.status_code == 200
+    assert '"arguments": {"zone": "UT' in answer.json()["choices"][0]["message"]["content"]
+    model = load_fake()
+    try:
+        source = "{% for m in messages %}{% for c in m.tool_calls %}{% for k, v in c.function.arguments|items %}"
+        source += "{{ k }}={{ v }}{% endfor %}{% endfor %}{% endfor %}"
+        model.engine.tokenizer.template = ChatTemplate(source, {})
+        tokens = make_prompt(ChatRequest(model="fake", messages=[Message(**m) for m in messages]), model)
+        assert model.engine.tokenizer.decode(tokens) == 'arguments={"zone": "UT'
+    finally:
+        model.engine.close()

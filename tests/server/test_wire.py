@@ -41,7 +41,7 @@ def read_events(answer: httpx.Response) -> list[str]:
 
 
 def test_stream(http: httpx.Client) -> None:
-    *events, done = read_events(post(http, stream=True, stream_options={"include_usage": True}))
+    *events, done = read_events(post(http, stream=True, stream_options={"include_usage": True}, timings=True))
     assert done == "[DONE]"
     chunks = [json.loads(event) for event in events]
     for chunk in chunks:

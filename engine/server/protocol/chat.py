@@ -193,6 +193,9 @@ class ChatRequest(BaseModel):
     grammar: str | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    priority: int | None = None  # smaller runs sooner
+    timeout: float | None = None  # seconds, after which the reply ends with an error
+    timings: bool | None = None  # say how fast it was
 
     @field_validator("top_logprobs")
     @classmethod
@@ -246,7 +249,7 @@ class Usage(BaseModel):
 
 
 class Timings(BaseModel):
-    """What we add to OpenAI's reply: seconds from arrival to the first token, and tokens per second after it."""
+    """What timings=true adds to OpenAI's reply: seconds from arrival to the first token, tokens per second after it."""
 
     ttft: float | None
     tokens_per_second: float | None
@@ -309,7 +312,12 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[Choice]
     usage: Usage
-    timings: Timings
+    timings: Timings | None = None
+
+    @model_serializer(mode="wrap")
+    def _leave_out(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        value: dict[str, Any] = write(self)
+        return {key: found for key, found in value.items() if found is not None or key != "timings"}
 
 
 class Delta(BaseModel):

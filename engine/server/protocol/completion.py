@@ -16,7 +16,6 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's
 # The fields of a chat that this route cannot obey, or that belong to conversations, and values that ask for nothing.
 HARMLESS: Mapping[str, tuple[Any, ...]] = {
     **UNSUPPORTED,
-    "n": (1,),
     "best_of": (1,),
     "top_logprobs": (0,),
     "prompt_logprobs": (0,),

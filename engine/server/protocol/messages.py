@@ -84,6 +84,8 @@ class MessagesRequest(CountRequest):
     top_k: int | None = None
     stop_sequences: list[str] | None = None
     stream: bool | None = None
+    priority: int | None = None
+    timeout: float | None = None
 
 
 def make_chat(body: CountRequest) -> dict[str, Any]:
@@ -101,7 +103,7 @@ def make_chat(body: CountRequest) -> dict[str, Any]:
         chat["tools"] = [_make_tool(tool, index) for index, tool in enumerate(body.tools)]
         chat |= _make_tool_choice(body.tool_choice)
     if isinstance(body, MessagesRequest):
-        fields = ("max_tokens", "temperature", "top_p", "top_k")
+        fields = ("max_tokens", "temperature", "top_p", "top_k", "priority", "timeout")
         chat |= {name: value for name in fields if (value := getattr(body, name)) is not None}
         chat["stop"] = body.stop_sequences
     return chat

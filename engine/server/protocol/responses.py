@@ -42,6 +42,8 @@ class ResponsesRequest(BaseModel):
     text: dict[str, Any] | None = None
     reasoning: dict[str, Any] | None = None
     metadata: dict[str, str] | None = None
+    priority: int | None = None
+    timeout: float | None = None
 
     def get_unsupported(self) -> str | None:
         """The name of a field that asks for what this server cannot do; null asks for nothing."""
@@ -53,7 +55,7 @@ class ResponsesRequest(BaseModel):
 
 def make_chat(body: ResponsesRequest) -> dict[str, Any]:
     """The same request as a chat. Raises InvalidRequest for what has no counterpart."""
-    fields = ("temperature", "top_p", "parallel_tool_calls")
+    fields = ("temperature", "top_p", "parallel_tool_calls", "priority", "timeout")
     chat = {name: value for name in fields if (value := getattr(body, name)) is not None}
     chat |= {"model": body.model, "messages": make_messages(body), "max_tokens": body.max_output_tokens}
     if body.tools:

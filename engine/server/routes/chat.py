@@ -13,19 +13,19 @@ from fastapi import APIRouter, Depends, Request, Response
 
 from engine.choices import start_choices
 from engine.model import LoadedModel
-from engine.server.chunks import ChunkMaker
+from engine.server.chunks import make_maker
 from engine.server.completion import collect_all, make_completion
 from engine.server.limits import check_prompt_length
 from engine.server.protocol.chat import ChatCompletion, ChatRequest
 from engine.server.protocol.errors import ErrorBody
 from engine.server.sse import EventStream, stream_events
 from engine.server.state import check_model_name, get_model, get_settings
-from engine.server.wishes import check_supported, make_params, make_prompt, make_reading
+from engine.server.wishes import check_supported, get_schedule, make_params, make_prompt, make_reading
 
 router = APIRouter()
 T = TypeVar("T")
 CLIENT_LEFT = 499  # nobody reads it; nginx's number for logs
-ANSWERS: dict[int | str, dict[str, Any]] = {code: {"model": ErrorBody} for code in (400, 404, 429, 500, 503)}
+ANSWERS: dict[int | str, dict[str, Any]] = {code: {"model": ErrorBody} for code in (400, 404, 429, 500, 503, 504)}
 
 
 @router.post("/v1/chat/completions", response_model=ChatCompletion, responses=ANSWERS)
@@ -40,18 +40,15 @@ async def create_chat_completion(
     tokens = await asyncio.to_thread(make_prompt, body, model)
     params = await asyncio.to_thread(make_params, body, model, tokens)
     name, created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
-    choices = start_choices(partial(model.engine.stream, tokens), params, body.n or 1, name)
+    stream = partial(model.engine.stream, tokens, **get_schedule(body))
+    choices = start_choices(stream, params, body.n or 1, name)
     reading = make_reading(body, model, tokens)
     if body.stream:
-        usage = body.stream_options is not None and body.stream_options.include_usage
-        return EventStream(stream_events(choices, ChunkMaker(name, created, model.name, usage), reading))
+        return EventStream(stream_events(choices, make_maker(body, name, created, model.name), reading))
     outputs = await run_while_connected(request, collect_all(choices))
     if outputs is None:
         return Response(status_code=CLIENT_LEFT)
-    logprobs = bool(body.logprobs)
-    completion = make_completion(
-        outputs, id=name, created=created, model=model.name, reading=reading, logprobs=logprobs
-    )
+    completion = make_completion(outputs, id=name, created=created, model=model.name, reading=reading, body=body)
     return Response(completion.model_dump_json(), media_type="application/json")
 
 

@@ -14,6 +14,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Request, Response
 
 from engine import core
+from engine.choices import add_usage, make_choice_params
 from engine.core import Output, SamplingParams
 from engine.errors import InvalidRequest
 from engine.model import LoadedModel
@@ -32,7 +33,7 @@ from engine.server.routes.chat import ANSWERS, CLIENT_LEFT, run_while_connected
 from engine.server.sse import DONE, LINE_ENDS, EventStream
 from engine.server.state import check_model_name, get_model, get_settings
 from engine.server.text_logprobs import LogprobWriter
-from engine.server.wishes import check_supported, make_params
+from engine.server.wishes import check_supported, get_schedule, make_params
 
 router = APIRouter()
 
@@ -67,10 +68,10 @@ async def create_completion(
         params = replace(params, max_tokens=DEFAULT_MAX_TOKENS)
     params = replace(params, logprobs=body.logprobs, prompt_logprobs=body.logprobs if body.echo else None)
     writers = make_writers(body, tokens, model)
-    replies = start(tokens, params, model, head.id)
+    replies = start(tokens, params, model, head.id, body)
     if body.stream:
         usage = body.stream_options is not None and body.stream_options.include_usage
-        return EventStream(stream_events(replies, head, usage, writers))
+        return EventStream(stream_events(replies, head, usage, writers, body.n or 1))
     outputs = await run_while_connected(request, collect_all(replies))
     if outputs is None:
         return Response(status_code=CLIENT_LEFT)
@@ -78,16 +79,19 @@ async def create_completion(
         make_choice(i, echo + output.text, output, writers)
         for i, (echo, output) in enumerate(zip(echoes, outputs, strict=True))
     ]
-    timings = {"timings": make_timings(outputs[0].usage)} if len(outputs) == 1 else {}
-    answer = head.make(choices, usage=sum_usage(outputs), **timings)
+    timings = {"timings": make_timings(outputs[0].usage)} if len(outputs) == 1 and body.timings else {}
+    answer = head.make(choices, usage=sum_usage(outputs, body.n or 1), **timings)
     return Response(answer.model_dump_json(exclude_unset=not timings), media_type="application/json")
 
 
 def check_prompts(body: CompletionRequest, max_chars: int) -> list[str | list[int]]:
-    """The prompts of a request, of which there is at least one, but not too many."""
+    """The prompts of a request, of which there is at least one, but not too many for `n` replies to each."""
     prompts = body.get_prompts()
-    if not 1 <= len(prompts) <= MAX_PROMPTS:
-        raise InvalidRequest(f"prompt holds {len(prompts)} prompts", hint=f"send 1 to {MAX_PROMPTS}", param="prompt")
+    if len(prompts) * (body.n or 1) > MAX_PROMPTS:
+        asked = f"{len(prompts)} prompts with n={body.n or 1}"
+        raise InvalidRequest(f"{asked} ask for more than {MAX_PROMPTS} replies", hint="send fewer", param="prompt")
+    if not prompts:
+        raise InvalidRequest("prompt holds 0 prompts", hint=f"send 1 to {MAX_PROMPTS}", param="prompt")
     check_prompt_length(sum(len(p) for p in prompts if isinstance(p, str)), max_chars)
     return prompts
 
@@ -95,24 +99,33 @@ def check_prompts(body: CompletionRequest, max_chars: int) -> list[str | list[in
 def make_prompts(
     prompts: Sequence[str | list[int]], body: CompletionRequest, model: LoadedModel
 ) -> tuple[list[list[int]], tuple[str, ...]]:
-    """The tokens of each prompt, and with echo=true its text. Raises InvalidRequest when they cannot be made."""
+    """For each reply the tokens of its prompt, and with echo=true its text; `n` to a prompt are neighbours.
+
+    Raises InvalidRequest when they cannot be made.
+    """
     tokenizer, limit = model.engine.tokenizer, model.engine.limits.vocab_size
     if any(not 0 <= token < limit for prompt in prompts if not isinstance(prompt, str) for token in prompt):
         raise InvalidRequest(
             "a token of the prompt is not in the vocabulary", hint=f"it must be 0 to {limit - 1}", param="prompt"
         )
     tokens = [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    tokens = [prompt for prompt in tokens for _ in range(body.n or 1)]
+    prompts = [prompt for prompt in prompts for _ in range(body.n or 1)]
     if not body.echo:
         return tokens, ("",) * len(tokens)
     return tokens, tuple(p if isinstance(p, str) else tokenizer.decode(p) for p in prompts)
 
 
-def start(tokens: Sequence[list[int]], params: SamplingParams, model: LoadedModel, name: str) -> list[AsyncReply]:
-    """Submit all prompts, or none when one is refused."""
+def start(
+    tokens: Sequence[list[int]], params: SamplingParams, model: LoadedModel, name: str, body: CompletionRequest
+) -> list[AsyncReply]:
+    """Submit all prompts, or none when one is refused. Each of the `n` replies to one has a seed of its own."""
     replies: list[AsyncReply] = []
+    choices, schedule = make_choice_params(params, body.n or 1), get_schedule(body)
     try:
         for index, prompt in enumerate(tokens):
-            replies.append(model.engine.stream(prompt, params, request_id=f"{name}-{index}"))
+            wanted = choices[index % len(choices)]
+            replies.append(model.engine.stream(prompt, wanted, request_id=f"{name}-{index}", **schedule))
     except BaseException:
         for reply in replies:
             reply.close()
@@ -154,7 +167,7 @@ async def merge(replies: Sequence[AsyncReply]) -> AsyncGenerator[tuple[int, Outp
 
 
 async def stream_events(
-    replies: Sequence[AsyncReply], head: Head, usage: bool, writers: Sequence[LogprobWriter]
+    replies: Sequence[AsyncReply], head: Head, usage: bool, writers: Sequence[LogprobWriter], n: int
 ) -> AsyncGenerator[bytes, None]:
     """The events of an answer; one that breaks off ends with an error, then [DONE], as a chat's does."""
     nothing: dict[str, object] = {"usage": None} if usage else {}
@@ -176,7 +189,7 @@ async def stream_events(
             if output.finish_reason:
                 last[index] = output
         if usage:
-            yield make_event(head.make([], usage=sum_usage(list(last.values()))))
+            yield make_event(head.make([], usage=sum_usage([last[index] for index in sorted(last)], n)))
         yield DONE
     finally:
         await merged.aclose()
@@ -205,14 +218,17 @@ def make_event(body: TextCompletion) -> bytes:
     return f"data: {body.model_dump_json(exclude_unset=True).translate(LINE_ENDS)}\n\n".encode()
 
 
-def sum_usage(outputs: Sequence[Output]) -> Usage:
-    """What all replies of an answer took."""
+def sum_usage(outputs: Sequence[Output], n: int) -> Usage:
+    """What all replies of an answer took, `n` to each prompt, which counts once."""
 
     def add(first: core.Usage, second: core.Usage) -> core.Usage:
         return core.Usage(
             first.prompt_tokens + second.prompt_tokens,
             first.completion_tokens + second.completion_tokens,
             cached_tokens=first.cached_tokens + second.cached_tokens,
+            guessed_tokens=first.guessed_tokens + second.guessed_tokens,
+            right_tokens=first.right_tokens + second.right_tokens,
         )
 
-    return make_usage(reduce(add, (output.usage for output in outputs)))
+    usages = [output.usage for output in outputs]
+    return make_usage(reduce(add, (add_usage(usages[at : at + n]) for at in range(0, len(usages), n))))

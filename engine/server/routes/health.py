@@ -15,7 +15,7 @@ from engine.server.state import get_model
 
 router = APIRouter()
 Model = Annotated[LoadedModel, Depends(get_model)]
-PACKAGES = ("mlcbuild", "apache-tvm", "apache-tvm-ffi", "xgrammar")
+PACKAGES = ("mlcbuild", "apache-tvm", "apache-tvm-ffi", "llguidance", "tokenizers")
 
 
 @router.get("/health", responses={503: {"model": ErrorBody}})

@@ -36,7 +36,7 @@ from engine.server.routes.completions import collect_all
 from engine.server.sse import EventStream
 from engine.server.state import check_model_name, get_model, get_settings
 from engine.server.translate import check_chat, make_named_event
-from engine.server.wishes import check_supported, make_params, make_prompt, make_reading
+from engine.server.wishes import check_supported, get_schedule, make_params, make_prompt, make_reading
 from engine.text.calls import Piece
 from engine.text.reading import ReplyReader
 
@@ -52,7 +52,7 @@ async def create_message(body: MessagesRequest, request: Request, model: Model) 
     params = await asyncio.to_thread(make_params, chat, model, tokens)
     name = f"msg_{uuid.uuid4().hex}"
     reader = ReplyReader(make_reading(chat, model, tokens))
-    reply = model.engine.stream(tokens, params, request_id=name)
+    reply = model.engine.stream(tokens, params, request_id=name, **get_schedule(chat))
     if body.stream:
         blocks = BlockStream(thinks=body.thinks)
         return EventStream(stream_events(reply, reader, blocks, name, model, params, len(tokens)))

@@ -26,7 +26,7 @@ from engine.server.routes.completions import collect_all
 from engine.server.sse import EventStream
 from engine.server.state import check_model_name, get_model, get_settings
 from engine.server.translate import check_chat, make_named_event
-from engine.server.wishes import check_supported, make_params, make_prompt, make_reading
+from engine.server.wishes import check_supported, get_schedule, make_params, make_prompt, make_reading
 from engine.text.reading import ReplyReader
 
 router = APIRouter()
@@ -43,7 +43,7 @@ async def create_response(
     response = make_response(f"resp_{uuid.uuid4().hex}", int(time.time()), model.name, body)
     response |= {"temperature": params.temperature, "top_p": params.top_p}
     reader = ReplyReader(make_reading(chat, model, tokens))
-    reply = model.engine.stream(tokens, params, request_id=response["id"])
+    reply = model.engine.stream(tokens, params, request_id=response["id"], **get_schedule(chat))
     if body.stream:
         return EventStream(stream_events(reply, reader, response))
     outputs = await run_while_connected(request, collect_all([reply]))

@@ -33,7 +33,7 @@ export async function fetchMetrics(key) {
 export async function* streamChat(body, key, signal) {
   const response = await request("v1/chat/completions", key, {
     method: "POST",
-    body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } }),
+    body: JSON.stringify({ ...body, stream: true, timings: true, stream_options: { include_usage: true } }),
     headers: { "Content-Type": "application/json" },
     signal,
   });

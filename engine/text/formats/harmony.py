@@ -72,6 +72,11 @@ class HarmonyParser:
         self._fresh = False  # none has come in this message
         self.count = 0
 
+    @property
+    def within_call(self) -> bool:
+        """As CallParser.within_call."""
+        return self._kind == "arguments" and not self._reader.done
+
     def push(self, text: str) -> list[Piece]:
         """As CallParser.push."""
         self._held += text
