@@ -8,11 +8,13 @@ and run_server returns.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import signal
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
@@ -22,6 +24,7 @@ from engine.model import LoadedModel
 from engine.server.app import make_app
 from engine.server.auth import check_exposure, load_keys
 from engine.server.settings import ServerSettings
+from engine.server.timeline import Timeline
 
 BACKLOG = 2048
 GRACE = 3  # seconds that clients have to read the end of their streams
@@ -39,11 +42,22 @@ def run_server(load: Callable[[], LoadedModel], settings: ServerSettings, say: C
     with closing(open_socket(settings.host, settings.port)) as listener:
         try:
             model = load()
-            with closing(model.engine):
+            with closing(model.engine), watch_requests(model, settings.trace):
                 say(f"{model.name} ({model.variant}) is served at {get_url(listener)}/v1; Ctrl-C ends it")
                 Server(model, settings, keys).run([listener])
         except KeyboardInterrupt:  # also how uvicorn hands on the signal that ended it
             say("the server has ended")
+
+
+@contextlib.contextmanager
+def watch_requests(model: LoadedModel, path: str) -> Iterator[None]:
+    """Write a trace to `path` for so long, if there is one. Raises InvalidSetting when it cannot be written."""
+    if not path:
+        yield
+        return
+    with closing(Timeline(Path(path))) as timeline:
+        model.engine.watch(timeline.watch)
+        yield
 
 
 def open_socket(host: str, port: int) -> socket.socket:

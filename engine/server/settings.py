@@ -54,6 +54,7 @@ class ServerSettings:
     cors: str = _setting("", "origins whose web pages may ask, with commas between them; * = all; default: none")
     max_body_bytes: int = _setting(8 << 20, "a longer body is refused with 413")
     max_prompt_chars: int = _setting(1_000_000, "a longer prompt is refused before it is tokenized")
+    trace: str = _setting("", "file to write a trace of all requests to, in Chrome's format; default: none")
     drain_seconds: float = _setting(10.0, "SIGTERM lets running replies go on for so long; Ctrl-C ends them at once")
 
 
