@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn, TypeVar
 
 from engine.errors import PackageInvalid as PackageInvalid  # a part of the contract, for mlcbuild
+from engine.machine import get_cpu_features, get_machine, get_tvm_version
 
 SCHEMA = 1  # of manifest.json; raised when a field changes its meaning
 ABI = 1  # of the library's functions and of library.json; raised when the executor would call them differently
@@ -76,8 +75,18 @@ class KvShape:
 
 
 @dataclass(frozen=True, slots=True)
+class Level:
+    """A further library of the package, for processors that have all of `requires`."""
+
+    file: str
+    target: str
+    requires: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Library:
-    """What library.json says of the compiled functions. `memory` is bytes of workspace per function."""
+    """What library.json says of the compiled functions. `memory` is bytes of workspace per function; `levels` are
+    libraries of the same functions for better processors, best first."""
 
     abi: int
     family: str
@@ -92,6 +101,7 @@ class Library:
     vocab_size: int
     kv: KvShape
     memory: Mapping[str, int]
+    levels: tuple[Level, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,16 +122,24 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """An opened package: every path exists, and (unless opened with here=False) this machine can run it."""
+    """An opened package: every path exists, and (unless opened with here=False) this machine can run it.
+
+    `libraries` are those that this processor can run, best first; without levels just the one.
+    """
 
     root: Path
     manifest: Manifest
-    library_path: Path
+    libraries: tuple[Path, ...]
     weights_index: Path
     chat_config: Path
     tokenizer: Path
     tokenizer_config: Path | None
     generation_config: Path | None
+
+    @property
+    def library_path(self) -> Path:
+        """The library to load."""
+        return self.libraries[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,30 +212,6 @@ def compute_sha256(path: Path) -> str:
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
-
-
-def get_cpu_features() -> frozenset[str] | None:
-    """The flags of /proc/cpuinfo ("flags" on x86, "Features" on Arm); None where the system does not tell."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
-    return frozenset(found.group(1).split()) if found else None
-
-
-def get_machine() -> str:
-    """The architecture of this machine under Linux's name for it: x86_64, aarch64."""
-    name = platform.machine().lower()
-    return {"amd64": "x86_64", "arm64": "aarch64"}.get(name, name)
-
-
-def get_tvm_version() -> str | None:
-    """The installed version of apache-tvm, without importing it; None when it is not installed."""
-    try:
-        return metadata.version("apache-tvm")
-    except metadata.PackageNotFoundError:
-        return None
 
 
 class _Reader:
@@ -319,6 +313,10 @@ def _make_library(check: _Reader, data: dict[str, Any]) -> Library:
             **check.numbers(kv, "layers", "kv_heads", "page_size", "head_dim"),
         ),
         memory=check.get(data, "memory", dict),
+        levels=tuple(
+            Level(check.get(level, "file", str), check.get(level, "target", str), check.texts(level, "requires"))
+            for level in data.get("levels", [])
+        ),
     )
 
 
@@ -376,14 +374,15 @@ def _make_package(check: _Reader, manifest: Manifest) -> Package:
     libraries = [name for name in sorted(names) if PurePosixPath(name).stem == "lib"]
     if len(libraries) != 1:
         check.refuse(f"should hold exactly one library (lib.*), not {len(libraries)}")
-    for needed in (WEIGHTS_INDEX, CHAT_CONFIG, TOKENIZER):
+    levels, features = manifest.library.levels, get_cpu_features() or frozenset()
+    for needed in (WEIGHTS_INDEX, CHAT_CONFIG, TOKENIZER, *(level.file for level in levels)):
         if needed not in names:
             check.refuse(f"{MANIFEST} does not list {needed}")
     found = {name: check.root / name for name in names}
     return Package(
         root=check.root,
         manifest=manifest,
-        library_path=found[libraries[0]],
+        libraries=(*(found[v.file] for v in levels if features.issuperset(v.requires)), found[libraries[0]]),
         weights_index=found[WEIGHTS_INDEX],
         chat_config=found[CHAT_CONFIG],
         tokenizer=found[TOKENIZER],

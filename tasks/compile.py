@@ -8,7 +8,7 @@ from mlcbuild.graph.action import Action, Context
 from mlcbuild.graph.plan import Build, Plan
 
 # What of a target recipe is for choosing it, and changes no library.
-CHOICE = {"description", "rank", "default", "provides"}
+CHOICE = {"description", "rank", "default", "provides", "levels"}
 
 
 def make_actions(plan: Plan) -> Iterator[Action]:

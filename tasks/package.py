@@ -18,6 +18,7 @@ def make_actions(plan: Plan) -> Iterator[Action]:
             "compile": f"compile:{build.id}",
             "download": f"download:{build.model.name}",
             "convert": f"convert:{build.weights_name}",
+            **{f"compile-{level.target.name}": f"compile:{level.id}" for level in build.levels},
         }
         yield Action(
             step="package",
@@ -26,6 +27,7 @@ def make_actions(plan: Plan) -> Iterator[Action]:
             params={"variant": build.id, "recipes": render_recipes(plan, build), "steps": sorted(parts)},
             inputs={
                 "library": build.library,
+                **{f"library-{level.target.name}": level.library for level in build.levels},
                 "weights": build.weights,
                 "source": build.sources,
                 **{step: get_provenance_path(task) for step, task in parts.items()},
@@ -57,6 +59,7 @@ def run(ctx: Context) -> None:
         recipes=ctx.params["recipes"],
         source=json.loads((ctx.inputs["source"] / "source.json").read_text("utf-8")),
         library_dir=ctx.inputs["library"],
+        levels={name: ctx.inputs[f"library-{name}"] for name in ctx.params["recipes"]["target"]["levels"]},
         weights_dir=ctx.inputs["weights"],
         source_dir=ctx.inputs["source"],
         actions=actions,

@@ -57,6 +57,7 @@ class Build:
     target: Target
     layout: str
     runs_here: bool  # whether this machine can execute the target, and so verify the package
+    levels: tuple[Build, ...] = ()  # those whose libraries the package holds too, best first
 
     @property
     def id(self) -> str:
@@ -191,9 +192,9 @@ def load_plan(root: Path, variables: Mapping[str, str]) -> Plan:
         skipped += missing
     builds = selected if asked else [*selected, *list_other_builds(recipes, machine, {build.id for build in selected})]
     draft = make_draft_build(recipes, machine, selected, variables.get("draft", ""))
-    if draft is not None and draft.id not in {build.id for build in builds}:
-        builds = [*builds, draft]
-    plan = Plan(root, recipes, variables, tuple(builds), tuple(selected), modules, {}, tuple(skipped), draft)
+    wanted = [*builds, *([draft] if draft is not None else [])]
+    every = {build.id: build for build in [*wanted, *(level for build in wanted for level in build.levels)]}
+    plan = Plan(root, recipes, variables, tuple(every.values()), tuple(selected), modules, {}, tuple(skipped), draft)
     return replace(plan, actions=collect_actions(plan))
 
 
@@ -223,7 +224,24 @@ def make_build(variant: Variant, recipes: Recipes, machine: LazyMachine) -> Buil
 
     quantization, target = recipes.quantizations[variant.quantization], recipes.targets[variant.target]
     layout = choose_layout(target, quantization)
-    return Build(variant, recipes.models[variant.model], quantization, target, layout, machine.can_run(target))
+    levels = tuple(make_level(variant, recipes, machine, name, layout) for name in target.levels)
+    runs = machine.can_run(target)
+    return Build(variant, recipes.models[variant.model], quantization, target, layout, runs, levels)
+
+
+def make_level(variant: Variant, recipes: Recipes, machine: LazyMachine, name: str, layout: str) -> Build:
+    """The variant compiled for a better target, whose library is to share its package. Raises RecipeError."""
+    target, better = recipes.targets[variant.target], recipes.targets[name]
+    where = f"recipes/targets/{target.name}.yaml: level {name}"
+    if better.levels:
+        raise RecipeError(f"{where} has levels of its own", hint=f"name them here: {', '.join(better.levels)}")
+    level = make_build(replace(variant, target=name), recipes, machine)
+    if (level.layout, better.arch, better.library) != (layout, target.arch, target.library):
+        raise RecipeError(
+            f"{where} differs in weight layout, arch or library",
+            hint="a package has one set of weights: name targets that share them, or build packages apart",
+        )
+    return level
 
 
 def list_conflicts(recipes: Recipes, variants: Sequence[Variant], *, whole: bool) -> list[Skip]:
@@ -238,9 +256,7 @@ def list_conflicts(recipes: Recipes, variants: Sequence[Variant], *, whole: bool
     return found
 
 
-def make_draft_build(
-    recipes: Recipes, machine: LazyMachine, selected: Sequence[Build], name: str
-) -> Build | None:
+def make_draft_build(recipes: Recipes, machine: LazyMachine, selected: Sequence[Build], name: str) -> Build | None:
     """The model recipe `name`, quantized and compiled as the only selected one; None for a folder, or without a name.
 
     Raises UnknownNameError for what is neither.

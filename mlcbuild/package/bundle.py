@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from engine.artifact import (
@@ -48,14 +49,15 @@ def write_package(
     source_dir: Path,
     actions: Mapping[str, Any],
     tools: Mapping[str, str],
+    levels: Mapping[str, Path] = MappingProxyType({}),
     sha256: Callable[[Path], str] = compute_sha256,
 ) -> Package:
     """Write the package of `variant` into `destination` (an empty or missing folder) and open it.
 
     `recipes` holds the rendered recipes under "model", "quantization" and "target"; `source` is source.json; the three
     folders are outputs of compile, convert and download, never modified; `actions` and `tools` go into the manifest
-    as they are; `sha256` may be a remembering version of the default. Raises PackageError when the parts do not fit
-    together or the disk is full.
+    as they are; `levels` are folders of libraries for better processors, best first, by target; `sha256` may be a
+    remembering version of the default. Raises PackageError when the parts do not fit together or the disk is full.
     """
     hint = f"build the parts again: {rebuild_command(destination, {'variant': variant})}"
     library = _load_part(library_dir / LIBRARY_TEXT, hint)
@@ -63,6 +65,11 @@ def write_package(
     _check_weights(library, tensors, weights_dir, hint)
     shards = list(dict.fromkeys(tensor.shard.name for tensor in tensors))
     parts = _list_parts(recipes["target"]["library"], shards, library_dir, weights_dir, source_dir)
+    better = {name: _load_part(folder / LIBRARY_TEXT, hint) for name, folder in levels.items()}
+    library = _add_levels(library, better, recipes["target"]["library"], hint)
+    parts |= {
+        _name_level(recipes["target"]["library"], name): levels[name] / recipes["target"]["library"] for name in better
+    }
     _check_present(parts, hint)
     _check_tokenizer(library, source_dir, hint)
     manifest = {
@@ -79,6 +86,7 @@ def write_package(
     config, differences = make_chat_config(recipes, library, source_dir)
     weights = sum(tensor.nbytes for tensor in tensors)
     steps = {library_dir: "compile", weights_dir: "convert", source_dir: "download"}
+    steps |= {folder: f"compile-{name}" for name, folder in levels.items()}
     makers = {name: steps[path.parent] for name, path in parts.items()}
     try:
         destination.mkdir(parents=True, exist_ok=True)
@@ -140,6 +148,30 @@ def _load_tensors(weights_dir: Path, hint: str) -> list[TensorRecord]:
         return load_weights_index(weights_dir)
     except PackageInvalid as error:  # its hint is for packages
         raise PackageError(error.message, hint=hint) from None
+
+
+def _name_level(library: str, target: str) -> str:
+    """`lib-x86-64-v4.so` of `lib.so`."""
+    return f"{Path(library).stem}-{target}{Path(library).suffix}"
+
+
+def _add_levels(
+    library: dict[str, Any], levels: Mapping[str, Mapping[str, Any]], file: str, hint: str
+) -> dict[str, Any]:
+    """library.json with those of better processors, which differ in what they need and in nothing else."""
+    own = {"target", "requires", "memory"}
+    for name, level in levels.items():
+        if wrong := sorted(key for key in library if key not in own and library[key] != level.get(key)):
+            raise PackageError(f"the library for {name} differs from the others in {', '.join(wrong)}", hint=hint)
+    if not levels:
+        return library
+    entries = [
+        {"file": _name_level(file, name), "target": name, "requires": level["requires"]}
+        for name, level in levels.items()
+    ]
+    every = [library, *levels.values()]
+    memory = {function: max(one["memory"][function] for one in every) for function in library["memory"]}
+    return {**library, "levels": entries, "memory": memory}
 
 
 def _check_weights(library: Mapping[str, Any], tensors: list[TensorRecord], weights_dir: Path, hint: str) -> None:

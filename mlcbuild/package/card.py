@@ -48,9 +48,15 @@ def _make_facts(manifest: Mapping[str, Any], quantization: str, target: Mapping[
             ("quantization", f"{library['quantization']}: {quantization}" if quantization else library["quantization"]),
             ("weight layout", f"`{library['layout']}`"),
             ("target", f"{target['name']} ({target['arch']}); needs {requires}"),
+            *([("libraries", _list_levels(library["levels"], target["name"]))] if library.get("levels") else []),
             ("TVM", library["tvm"]),
         ],
     )
+
+
+def _list_levels(levels: Sequence[Mapping[str, Any]], base: str) -> str:
+    names = ", ".join(level["target"] for level in levels)
+    return f"{names}, {base}: the first that the processor can run is used"
 
 
 def _describe_source(source: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +74,7 @@ def verify_package(
         text = make_reply(opened, executor, prompt)
     finally:
         executor.close()
+    others = measure_other_libraries(opened, data, make_executor, report)
     record: dict[str, Any] = {
         "schema": RECORD_SCHEMA,
         "variant": opened.manifest.variant,
@@ -80,15 +82,32 @@ def verify_package(
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "size": sum(file.size for file in opened.manifest.files),
         "quality": quality,
+        "other_libraries": others,
         "gate": gate.model_dump(mode="json") if gate and not opened.manifest.random else None,
         "speed": speed,
         "reply": {"prompt": prompt, "text": text},
     }
     record = {key: round_figures(value) for key, value in record.items()}
-    check_gate(record, None if opened.manifest.random else gate)
+    for figures in (quality, *others.values()):
+        check_gate({**record, "quality": figures}, None if opened.manifest.random else gate)
     destination.parent.mkdir(parents=True, exist_ok=True)
     destination.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return record
+
+
+def measure_other_libraries(
+    package: Package, data: ReferenceData, make_executor: Callable[[Package], Executor], report: Report
+) -> dict[str, Any]:
+    """The quality, by file name, of the libraries that the engine would pick on lesser processors."""
+    found = {}
+    for library in package.libraries[1:]:
+        report(f"compare {library.name} with the reference", 0.95)
+        executor = make_executor(replace(package, libraries=(library,)))
+        try:
+            found[library.name] = measure_quality(executor, data, package, lambda *_: None)
+        finally:
+            executor.close()
+    return found
 
 
 def measure_quality(executor: Executor, data: ReferenceData, package: Package, report: Report) -> dict[str, Any]:

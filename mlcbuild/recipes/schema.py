@@ -142,6 +142,9 @@ class Target(Recipe):
     requires: list[str] = Field(default_factory=list, description="CPU flags, or 'compute-capability 9.0'")
     provides: list[str] = Field(default_factory=list, description="capabilities that `needs` may ask for")
     toolchain: list[str] = Field(default_factory=list, description="programs that must be on PATH")
+    levels: list[str] = Field(
+        default_factory=list, description="better targets whose libraries the package holds too, best first"
+    )
     rank: int = Field(default=0, description="target=<kind> picks the highest rank that this machine can run")
     default: bool = Field(default=False, description="what target=<kind> means where no device of the kind is present")
 

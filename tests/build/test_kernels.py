@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tvm
 
-from engine.artifact import get_cpu_features
+from engine.machine import get_cpu_features
 from engine.runtime.tvm_executor import make_aligned
 from mlcbuild.compiler.kernels import (
     attention,

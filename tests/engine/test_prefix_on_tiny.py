@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from small_engines import make_request, run_all
 
-from engine.artifact import get_cpu_features, open_package
+from engine.artifact import open_package
 from engine.core import Output
 from engine.engine import Engine
+from engine.machine import get_cpu_features
 from engine.runtime.tvm_executor import TvmExecutor
 from engine.text.tokenizer import load_tokenizer
 

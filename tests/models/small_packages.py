@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from reference_cases import write_checkpoint
 
-from engine.artifact import Package, get_cpu_features, get_machine, open_package
+from engine.artifact import Package, open_package
+from engine.machine import get_cpu_features, get_machine
 from mlcbuild.quantization import choose_layout, get_method
 from mlcbuild.recipes.load import Recipes, load_recipes
 from mlcbuild.recipes.schema import Limits, Quantization, Target
@@ -47,7 +48,9 @@ def build_package(folder: Path, case: str, quantization: str, target: str) -> Pa
     q, t = recipes.quantizations[quantization], recipes.targets[target]
     family, layout = config["model_type"], choose_layout(t, q)
     convert_weights(folder / "source", folder / "weights", family, q, layout, be_quiet)
-    build_library(family, config, q, t, LIMITS, layout, folder / "library", be_quiet)
+    better = {name: folder / name for name in t.levels}
+    for level, library in [(t, folder / "library"), *((recipes.targets[name], path) for name, path in better.items())]:
+        build_library(family, config, q, level, LIMITS, layout, library, be_quiet)
     write_package(
         folder / "package",
         variant=f"{case}/{quantization}/{target}",
@@ -58,6 +61,7 @@ def build_package(folder: Path, case: str, quantization: str, target: str) -> Pa
         source_dir=folder / "source",
         actions={},
         tools={},
+        levels=better,
     )
     return open_package(folder / "package", verify=True)
 

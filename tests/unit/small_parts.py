@@ -93,7 +93,9 @@ class Parts:
         shard = {"dataPath": "params_shard_0.bin", "format": "raw-shard", "nbytes": 64, "records": [tensor]}
         self.write(self.weights / "tensor-cache.json", {"metadata": {}, "records": [shard]})
 
-    def package(self, destination: Path, source: dict[str, Any] | None = None, variant: str = VARIANT) -> Any:
+    def package(
+        self, destination: Path, source: dict[str, Any] | None = None, variant: str = VARIANT, **options: Any
+    ) -> Any:
         return bundle.write_package(
             destination,
             variant=variant,
@@ -104,4 +106,5 @@ class Parts:
             source_dir=self.source,
             actions=ACTIONS,
             tools=TOOLS,
+            **options,
         )

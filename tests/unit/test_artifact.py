@@ -165,9 +165,7 @@ def test_altered_byte_is_found_by_verify_only(root: Path) -> None:
     artifact.open_package(root)
     found = hashlib.sha256(altered).hexdigest()[:12]
     wanted = hashlib.sha256(FILES["params_shard_0.bin"]).hexdigest()[:12]
-    check_refused(
-        root, f"params_shard_0.bin was altered: its SHA-256 is {found}..., not {wanted}...", verify=True
-    )
+    check_refused(root, f"params_shard_0.bin was altered: its SHA-256 is {found}..., not {wanted}...", verify=True)
 
 
 @pytest.mark.parametrize("path", ["../lib.so", "/etc/passwd", "a/../../b", "a\\b", ""])
@@ -205,6 +203,23 @@ def test_missing_cpu_feature(root: Path) -> None:
         f"build it for here: {HERE}",
     )
     artifact.open_package(root, here=False)
+
+
+def test_the_best_library_of_several_is_loaded(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs = {"v4": ["avx2", "avx512f"], "vnni": ["avx2", "avx_vnni"], "v3": ["avx2", "fma"]}
+    levels = [{"file": f"lib-{name}.so", "target": name, "requires": flags} for name, flags in needs.items()]
+    for level in levels:
+        (root / str(level["file"])).write_bytes(b"code")
+    write_manifest(root, lambda data: data["library"].update(levels=levels, requires=["avx2"]))
+    names = [path.name for path in artifact.open_package(root).libraries]
+    assert names == ["lib-v4.so", "lib-v3.so", "lib.so"]
+    monkeypatch.setattr(artifact, "get_cpu_features", lambda: frozenset({"avx2", "avx_vnni"}))
+    assert artifact.open_package(root).library_path == root / "lib-vnni.so"
+    monkeypatch.setattr(artifact, "get_cpu_features", lambda: None)  # unknown: what runs everywhere
+    assert artifact.open_package(root).libraries == (root / "lib.so",)
+    levels.append({"file": "lib-v5.so", "target": "v5", "requires": []})
+    write_manifest(root, lambda data: data["library"].update(levels=levels, requires=["avx2"]))
+    check_refused(root, "manifest.json does not list lib-v5.so")
 
 
 def test_needs_of_a_gpu_are_not_cpu_features(root: Path) -> None:

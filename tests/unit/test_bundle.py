@@ -61,6 +61,25 @@ def test_package_is_whole_and_opens(parts: Parts, tmp_path: Path) -> None:
     assert not package.manifest.random
 
 
+def test_libraries_of_several_levels(parts: Parts, tmp_path: Path) -> None:
+    better = tmp_path / "better"
+    better.mkdir()
+    (better / "lib.so").write_bytes(b"better code")
+    level = {**make_library(), "requires": ["avx2", "avx512f"], "memory": {"batch_decode": 2048}}
+    parts.write(better / "library.json", level)
+    package = parts.package(tmp_path / "package", levels={"x86-64-v4": better})
+    assert (package.root / "lib-x86-64-v4.so").read_bytes() == b"better code"
+    library = json.loads((package.root / "manifest.json").read_text())["library"]
+    assert library["levels"] == [{"file": "lib-x86-64-v4.so", "target": "x86-64-v4", "requires": ["avx2", "avx512f"]}]
+    assert library["memory"] == {"batch_decode": 2048}
+    wanted = "| libraries | x86-64-v4, x86-64-v3: the first that the processor can run is used |"
+    assert wanted in (package.root / "README.md").read_text()
+    parts.write(better / "library.json", {**level, "vocab_size": 9, "abi": 2})
+    with pytest.raises(PackageError, match="^the library for x86-64-v4 differs from the others in abi, vocab_size\n"):
+        parts.package(tmp_path / "other", levels={"x86-64-v4": better})
+    assert not (tmp_path / "other").exists()
+
+
 def test_equal_inputs_give_equal_bytes(parts: Parts, tmp_path: Path) -> None:
     parts.package(tmp_path / "one")
     parts.package(tmp_path / "elsewhere" / "two")

@@ -5,13 +5,15 @@ from __future__ import annotations
 import ast
 import json
 import pickle
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from mlcbuild.errors import UnknownNameError
+from mlcbuild.errors import MlcbuildError, UnknownNameError
 from mlcbuild.graph import plan as planning
 from mlcbuild.graph.action import make_canonical_json
 from mlcbuild.graph.code import CodeDigests
@@ -73,6 +75,46 @@ def test_a_draft_model_is_built_as_the_large_one_is() -> None:
 
 def run_nothing(package: Path, variables: dict[str, str]) -> None:
     """A command that works on a package."""
+
+
+def test_a_package_of_several_levels_shares_their_libraries() -> None:
+    plan = make_plan(target="x86-64")
+    levels = ("x86-64-v4-vnni", "x86-64-v3-vnni", "x86-64-v4")
+    package = plan.actions["package:tiny/q4f16_1/x86-64"]
+    assert package.after == (
+        "compile:tiny/q4f16_1/x86-64",
+        "download:tiny",
+        "convert:tiny/q4f16_1/int8-16x64",
+        *(f"compile:tiny/q4f16_1/{level}" for level in levels),
+    )
+    assert package.inputs["library-x86-64-v4"] == Path("artifacts/libs/tiny-q4f16_1-x86-64-v4")
+    assert plan.actions["compile:tiny/q4f16_1/x86-64-v4"] == make_plan(target="x86-64-v4").actions[package.after[-1]]
+    assert [build.id for build in plan.selected] == ["tiny/q4f16_1/x86-64"]
+
+
+@pytest.mark.parametrize(
+    ("levels", "error"),
+    [
+        ("[x86-64-v5]", "unknown target 'x86-64-v5'\n  hint: did you mean x86-64-v4 or x86-64-v3 or x86-64?"),
+        (
+            "[aarch64]",
+            "recipes/targets/x86-64.yaml: level aarch64 differs in weight layout, arch or library\n"
+            "  hint: a package has one set of weights: name targets that share them, or build packages apart",
+        ),
+        (
+            "[x86-64]",
+            "recipes/targets/x86-64.yaml: level x86-64 has levels of its own\n  hint: name them here: x86-64",
+        ),
+    ],
+)
+def test_levels_that_cannot_share_a_package(tmp_path: Path, levels: str, error: str) -> None:
+    for name in ("recipes", "tasks"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    recipe = tmp_path / "recipes" / "targets" / "x86-64.yaml"
+    recipe.write_text(re.sub("levels: .*", f"levels: {levels}", recipe.read_text()))
+    with pytest.raises(MlcbuildError) as caught:
+        load_plan(tmp_path, {**NAMES, "target": "x86-64"})
+    assert str(caught.value) == error
 
 
 def test_variants_share_what_they_can() -> None:

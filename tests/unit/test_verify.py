@@ -20,8 +20,9 @@ from small_quality import (
 )
 from tokenizers import Tokenizer
 
-from engine.artifact import PackageInvalid, get_machine, get_tvm_version, open_package
+from engine.artifact import PackageInvalid, open_package
 from engine.core import Batch, Limits
+from engine.machine import get_machine, get_tvm_version
 from mlcbuild.errors import QualityError
 from mlcbuild.package.bundle import write_package
 from mlcbuild.quality import reference, verify
