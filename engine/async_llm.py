@@ -17,7 +17,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from engine.core import Limits, Output, SamplingParams, Stats, join_outputs
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.core import Limits, Output, Pooling, SamplingParams, Stats, join_outputs
 from engine.llm import LLM
 from engine.reply import AsyncReply
 from engine.text.tokenizer import Tokenizer
@@ -69,6 +72,10 @@ class AsyncLLM:
         """As `chat`, as an asynchronous iterator of Outputs."""
         tokens = await asyncio.to_thread(self.tokenizer.encode_chat, messages, **variables)
         return self._llm.thread.stream(tokens, params)
+
+    async def embed(self, texts: Sequence[str | Sequence[int]], *, pooling: Pooling = "last") -> NDArray[np.float32]:
+        """Embeddings [texts, hidden]; see LLM.embed."""
+        return await asyncio.to_thread(self._llm.embed, texts, pooling=pooling)
 
     def get_stats(self) -> Stats:
         """Gauges and counters of this moment."""

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from engine.sampling.grammar import Grammar
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+Pooling = Literal["last", "mean"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +24,7 @@ class Limits:
 
     `context_window`: positions of one sequence. `prefill_chunk`: tokens of one batch, over all its sequences.
     `max_batch`: sequences of one batch. The KV cache has `num_pages` pages of `page_size` positions, for all sequences
-    together.
+    together. `hidden_size`: numbers of an embedding; 0 where the library makes none.
     """
 
     context_window: int
@@ -32,6 +33,7 @@ class Limits:
     page_size: int
     num_pages: int
     vocab_size: int
+    hidden_size: int = 0
 
     @property
     def max_length(self) -> int:
@@ -86,7 +88,8 @@ class Request:
     """One prompt to continue. `arrival` and `deadline` are in seconds of `time.monotonic`.
 
     `priority`: smaller runs sooner, and takes the place of a running one with a greater number; equal ones run in
-    order of arrival. `deadline`: a reply that has not ended by then ends with DeadlineExceeded.
+    order of arrival. `deadline`: a reply that has not ended by then ends with DeadlineExceeded. `pooling`: no reply
+    is wanted but the prompt's embedding, of its last token or of all, which then run whatever the prefix cache has.
     """
 
     request_id: str
@@ -95,6 +98,7 @@ class Request:
     arrival: float
     priority: int = 0
     deadline: float | None = None
+    pooling: Pooling | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +174,7 @@ class Output:
     and only that, has a `finish_reason`; `error` is set when that is "error". `logprobs`, if they were asked for, are
     of the tokens whose text is out: without end tokens and stop strings. `prompt_logprobs` come with the first Output,
     one for each token of the prompt after its first, and `end_logprob`, of an end token, with the last.
+    `embedding` comes with the only Output of a request that asked for it: float32 [hidden], of length 1.
     """
 
     request_id: str
@@ -181,6 +186,7 @@ class Output:
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     end_logprob: TokenLogprob | None = None
+    embedding: NDArray[np.float32] | None = None
 
 
 def join_outputs(first: Output, second: Output) -> Output:
@@ -195,6 +201,7 @@ def join_outputs(first: Output, second: Output) -> Output:
         first.logprobs + second.logprobs,
         first.prompt_logprobs + second.prompt_logprobs,
         second.end_logprob,
+        second.embedding,
     )
 
 

@@ -89,8 +89,10 @@ class Engine:
         if not self._requests:
             return late
         chunks = self._schedule()
-        logits = self._run(chunks)
-        return late + self._postprocess(chunks, logits)
+        if pooled := [chunk for chunk in chunks if chunk.sequence.pooled]:
+            chunks = [chunk for chunk in chunks if not chunk.sequence.pooled]
+            late += self._pool(pooled)
+        return late + self._postprocess(chunks, self._run(chunks)) if chunks else late
 
     def get_stats(self) -> Stats:
         """Gauges and counters of this moment; callable from any thread."""
@@ -150,6 +152,23 @@ class Engine:
             self._scheduler.advance(chunk)
         return logits
 
+    def _pool(self, chunks: Sequence[Chunk]) -> list[Output]:
+        """Run chunks whose hidden states are wanted; the Outputs of those that they complete."""
+        states = self._executor.run_hidden(make_batch(chunks))
+        now, first, outputs = self._clock(), 0, list[Output]()
+        for chunk in chunks:
+            self._scheduler.advance(chunk)
+            progress = self._requests[chunk.sequence.request_id]
+            own = states[first : first + chunk.count]
+            first += chunk.count
+            try:
+                output = progress.pool(own, chunk.start, last=chunk.samples, now=now)
+            except Exception:
+                output = self._fail(progress)
+            if output is not None:
+                outputs.append(self._end(progress, output))
+        return outputs
+
     def _sample(self, progress: Progress, logits: NDArray[np.float32]) -> int | Exception:
         """The next token after logits [vocab], or what kept us from it."""
         try:
@@ -207,11 +226,15 @@ class Engine:
         except InvalidRequest as invalid:  # a grammar that cannot be followed any further
             return progress.end("error", invalid)
         except Exception:
-            _log.exception("request %s has failed", progress.request.request_id)
-            error = EngineError("this request failed inside the engine", hint="send it again; the log says why")
-            return progress.end("error", error)
+            return self._fail(progress)
         self._completion_tokens += 1
         return output
+
+    def _fail(self, progress: Progress) -> Output:
+        """The last Output of a request that an exception, which is being handled, has ended."""
+        _log.exception("request %s has failed", progress.request.request_id)
+        error = EngineError("this request failed inside the engine", hint="send it again; the log says why")
+        return progress.end("error", error)
 
     def _end(self, progress: Progress, last: Output) -> Output:
         self._scheduler.remove(progress.sequence)

@@ -17,7 +17,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from engine.core import Limits, Output, SamplingParams, Stats, join_outputs
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.core import Limits, Output, Pooling, SamplingParams, Stats, join_outputs
 from engine.engine import Engine
 from engine.reply import Reply
 from engine.runtime.memory import Budget
@@ -92,6 +95,19 @@ class LLM:
     ) -> Reply:
         """As `chat`, as an iterator of Outputs."""
         return self.thread.generate(self.tokenizer.encode_chat(messages, **variables), params)
+
+    def embed(self, texts: Sequence[str | Sequence[int]], *, pooling: Pooling = "last") -> NDArray[np.float32]:
+        """The embeddings of texts (tokenized with the model's own beginning) or tokens: [texts, hidden], of length 1.
+
+        `pooling`: the hidden states of the last token, or the mean of all. Raises what `generate` raises.
+        """
+        found = []
+        for start in range(0, len(texts), self.limits.max_batch):
+            some = texts[start : start + self.limits.max_batch]
+            prompts = [self.tokenizer.encode(text) if isinstance(text, str) else text for text in some]
+            replies = [self.thread.generate(tokens, pooling=pooling) for tokens in prompts]
+            found += [_read_all(reply).embedding for reply in replies]
+        return np.array(found, np.float32).reshape(len(texts), self.limits.hidden_size)
 
     def get_stats(self) -> Stats:
         """Gauges and counters of this moment."""

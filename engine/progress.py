@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from engine.core import FinishReason, Output, Request, SamplingParams, TokenLogprob, Usage
 from engine.errors import EngineError, InvalidRequest
+from engine.pooling import Pool
 from engine.sampling.grammar import Constraint
 from engine.sampling.logprobs import LogprobQueue, make_logprob
 from engine.sampling.penalties import Penalties
@@ -26,6 +27,9 @@ class Progress:
         self.request = request
         scored = 0 if params.prompt_logprobs is None else len(request.prompt_tokens) - 1
         self.sequence = Sequence(request.request_id, request.prompt_tokens, request.priority, scored)
+        self._pool = None if request.pooling is None else Pool(request.pooling)
+        if self._pool is not None:
+            self.sequence.pooled, self.sequence.whole = True, request.pooling == "mean"
         self.generator = make_generator(params)
         self._penalties = Penalties(params, request.prompt_tokens)
         self._constraint = None if params.grammar is None else params.grammar.start()
@@ -87,6 +91,19 @@ class Progress:
             token = self.request.prompt_tokens[position + 1]
             self._prompt_logprobs.append(make_logprob(logits, token, count, self._token_bytes.get))
             self._scored += 1
+
+    def pool(self, states: NDArray[np.float32], start: int, *, last: bool, now: float) -> Output | None:
+        """Take hidden states [n, hidden] of the tokens from `start` on; after the last ones the Output that ends this.
+
+        ValueError when they cannot be pooled.
+        """
+        assert self._pool is not None
+        self._pool.add(states, start)
+        if not last:
+            return None
+        self._first = self._latest = now
+        embedding = self._pool.finish()
+        return Output(self.request.request_id, "", (), self._make_usage(), "stop", embedding=embedding)
 
     def accept(self, token: int, now: float) -> Output:
         """Take the next token; the Output says whether it was the last."""

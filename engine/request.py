@@ -18,7 +18,7 @@ MAX_LOGPROBS = 20
 
 def check_request(request: Request, limits: Limits) -> None:
     """Raise InvalidRequest, with the name of the parameter at fault, for what the engine could never do."""
-    _check_prompt(request.prompt_tokens, limits)
+    _check_prompt(request, limits)
     _check_params(request.params, limits)
     if not -MAX_PRIORITY <= request.priority <= MAX_PRIORITY:
         hint = f"it must be between -{MAX_PRIORITY} and {MAX_PRIORITY}; smaller runs sooner"
@@ -34,10 +34,25 @@ def get_max_tokens(request: Request, limits: Limits) -> int:
     return room if request.params.max_tokens is None else min(request.params.max_tokens, room)
 
 
-def _check_prompt(tokens: tuple[int, ...], limits: Limits) -> None:
+def _check_prompt(request: Request, limits: Limits) -> None:
+    tokens, embeds = request.prompt_tokens, request.pooling is not None
+    if embeds and not limits.hidden_size:
+        raise InvalidRequest(
+            "this package makes no embeddings: its library has no function for hidden states",
+            hint="build it again, for a CPU",
+            code="unsupported_value",
+            param="model",
+        )
+    if embeds and len(tokens) > limits.max_length:
+        raise InvalidRequest(
+            f"the context holds {limits.max_length} tokens, and the input has {len(tokens)}",
+            hint="shorten or split it",
+            code="context_length_exceeded",
+            param="input",
+        )
     if not tokens:
         raise InvalidRequest("the prompt is empty: it has no tokens", hint="send at least one token", param="prompt")
-    if len(tokens) >= limits.max_length:
+    if len(tokens) >= limits.max_length and not embeds:
         raise InvalidRequest(
             f"the context holds {limits.max_length} tokens, and the prompt has {len(tokens)}: no room for a reply",
             hint=f"shorten the prompt to at most {limits.max_length - 1} tokens",

@@ -181,7 +181,7 @@ def make_guesser(scheduler: Scheduler, draft: Executor | None, longest: int) -> 
 
 def can_extend(chunk: Chunk) -> bool:
     """Whether guesses may follow: the chunk is the latest token of a reply."""
-    return chunk.count == 1 and chunk.samples
+    return chunk.count == 1 and chunk.samples and not chunk.sequence.pooled
 
 
 def _make_next_batch(plans: Sequence[_Plan]) -> Batch:

@@ -24,7 +24,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from engine.core import FinishReason, Limits, Output, Request, SamplingParams, Stats
+from engine.core import FinishReason, Limits, Output, Pooling, Request, SamplingParams, Stats
 from engine.errors import EngineError, EngineStopped, InvalidRequest, Overloaded
 from engine.reply import AsyncReply, Mailbox, Reply
 from engine.request import check_request
@@ -91,15 +91,17 @@ class EngineThread:
         request_id: str | None = None,
         priority: int = 0,
         timeout: float | None = None,
+        pooling: Pooling | None = None,
     ) -> Reply:
         """Submit now, read as an iterator of Output. Closing or dropping the Reply aborts the request.
 
-        `priority`: smaller runs sooner. After `timeout` seconds the reply ends with DeadlineExceeded.
+        `priority`: smaller runs sooner. After `timeout` seconds the reply ends with DeadlineExceeded. `pooling`: the
+        reply is one Output with the prompt's embedding.
 
         Raises InvalidRequest, Overloaded or EngineStopped at once; later troubles are in the last Output.
         """
         arrived = threading.Event()
-        request = _make_request(prompt_tokens, params, request_id, priority, timeout)
+        request = _make_request(prompt_tokens, params, request_id, priority, timeout, pooling)
         mailbox = self._submit(request, arrived.set)
         return Reply(mailbox, arrived, self.abort)
 
@@ -111,10 +113,11 @@ class EngineThread:
         request_id: str | None = None,
         priority: int = 0,
         timeout: float | None = None,
+        pooling: Pooling | None = None,
     ) -> AsyncReply:
         """As `generate`, for the running event loop. Cancelling the reading task aborts the request."""
         loop, arrived = asyncio.get_running_loop(), asyncio.Event()
-        request = _make_request(prompt_tokens, params, request_id, priority, timeout)
+        request = _make_request(prompt_tokens, params, request_id, priority, timeout, pooling)
 
         def wake() -> None:
             try:
@@ -232,8 +235,9 @@ def _make_request(
     request_id: str | None,
     priority: int,
     timeout: float | None,
+    pooling: Pooling | None,
 ) -> Request:
     now = time.monotonic()
     deadline = None if timeout is None else now + timeout
     name = request_id or uuid.uuid4().hex
-    return Request(name, tuple(prompt_tokens), params or SamplingParams(), now, priority, deadline)
+    return Request(name, tuple(prompt_tokens), params or SamplingParams(), now, priority, deadline, pooling)

@@ -24,6 +24,9 @@ class Executor(Protocol):
         The array is the caller's to keep. An exception means that the executor cannot be used any more.
         """
 
+    def run_hidden(self, batch: Batch) -> NDArray[np.float32]:
+        """As `run`, but the last hidden states of all its tokens: [tokens, hidden_size]. Not where that size is 0."""
+
     def copy_page(self, source: int, destination: int) -> None:
         """Make page `destination` equal to page `source`, in every layer."""
 

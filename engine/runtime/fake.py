@@ -21,7 +21,9 @@ Model = Callable[[NDArray[np.int32]], NDArray[np.float32]]
 """Next-token logits [vocab] after the tokens of one sequence [length]."""
 
 UNWRITTEN = -1
-DEFAULT_LIMITS = Limits(context_window=256, prefill_chunk=32, max_batch=4, page_size=16, num_pages=64, vocab_size=256)
+DEFAULT_LIMITS = Limits(
+    context_window=256, prefill_chunk=32, max_batch=4, page_size=16, num_pages=64, vocab_size=256, hidden_size=8
+)
 
 
 class FakeExecutor:
@@ -41,17 +43,19 @@ class FakeExecutor:
 
     def run(self, batch: Batch) -> NDArray[np.float32]:
         """Logits [len(logit_rows), vocab] of `model` after each wanted token."""
-        _check(not self.closed, "run after close")
-        self._check_arrays(batch)
-        self._check_sharing(batch)
-        for token, position, row in zip(batch.tokens, batch.positions, batch.rows, strict=True):
-            page, offset = self._get_slot(batch, int(row), int(position))
-            self._tokens[page, offset], self._positions[page, offset] = token, position
-        self.batches += 1
+        self._write(batch)
         logits = np.empty((len(batch.logit_rows), self.limits.vocab_size), np.float32)
         for i, index in enumerate(batch.logit_rows):
             logits[i] = self._model(self._load_history(batch, int(batch.rows[index]), int(batch.positions[index])))
         return logits
+
+    def run_hidden(self, batch: Batch) -> NDArray[np.float32]:
+        """Vectors [tokens, hidden_size] drawn from the history of each token."""
+        _check(bool(self.limits.hidden_size), "there is no function for hidden states")
+        self._write(batch)
+        places = zip(batch.rows.tolist(), batch.positions.tolist(), strict=True)
+        histories = [self._load_history(batch, row, position) for row, position in places]
+        return np.stack([make_hidden_state(history, self.limits.hidden_size) for history in histories])
 
     def copy_page(self, source: int, destination: int) -> None:
         """Copy tokens and positions."""
@@ -61,6 +65,15 @@ class FakeExecutor:
     def close(self) -> None:
         """No batch is taken any more."""
         self.closed = True
+
+    def _write(self, batch: Batch) -> None:
+        _check(not self.closed, "run after close")
+        self._check_arrays(batch)
+        self._check_sharing(batch)
+        for token, position, row in zip(batch.tokens, batch.positions, batch.rows, strict=True):
+            page, offset = self._get_slot(batch, int(row), int(position))
+            self._tokens[page, offset], self._positions[page, offset] = token, position
+        self.batches += 1
 
     def _check_arrays(self, batch: Batch) -> None:
         limits, count = self.limits, len(batch.tokens)
@@ -108,6 +121,12 @@ class FakeExecutor:
         _check(bool(np.array_equal(positions, np.arange(last + 1))), f"row {row} has pages that it did not write")
         history: NDArray[np.int32] = self._tokens[pages].ravel()[: last + 1]
         return history
+
+
+def make_hidden_state(history: NDArray[np.int32], size: int) -> NDArray[np.float32]:
+    """What FakeExecutor says of a token: float32 [size], normal, seeded by all tokens up to it."""
+    seed = zlib.crc32(np.ascontiguousarray(history).tobytes())
+    return np.random.default_rng(seed).standard_normal(size, np.float32)
 
 
 def make_hash_model(vocab_size: int) -> Model:

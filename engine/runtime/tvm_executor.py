@@ -10,6 +10,7 @@ import json
 import math
 import mmap
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from engine.core import Batch, Limits
 from engine.errors import PackageInvalid
 from engine.runtime.memory import Budget, get_free_memory, make_library_limits, make_limits
 
+HIDDEN = "batch_prefill_to_last_hidden_states"  # what packages that were made before it lack
 HUGE_PAGE = 1 << 21
 ALIGNMENT = 64
 
@@ -54,10 +56,12 @@ class TvmExecutor:
         self._runtime = runtime
         self._machine = relax.VirtualMachine(runtime.load_module(str(package.library_path)), runtime.device("cpu", 0))
         self._check_library(package, library)
-        self._functions = {name: self._machine[name] for name in ("embed", "batch_prefill", "batch_decode")}
+        names = ["embed", "batch_prefill", "batch_decode", *(name for name in [HIDDEN] if name in library.functions)]
+        self._functions = {name: self._machine[name] for name in names}
         self._weights = _map_weights(package)
         self._params = [runtime.from_dlpack(self._weights[p.name]) for p in library.params]
-        self.limits: Limits = limits or self._make_limits(library, budget, draft)
+        made = limits or self._make_limits(library, budget, draft)
+        self.limits: Limits = replace(made, hidden_size=self._find_hidden_size())
         kv = library.kv
         shape = (kv.layers, self.limits.num_pages, 2, kv.kv_heads, kv.page_size, kv.head_dim)
         self._pages: NDArray[Any] | None = make_aligned(shape, np.dtype(kv.dtype))
@@ -66,10 +70,7 @@ class TvmExecutor:
     def run(self, batch: Batch) -> NDArray[np.float32]:
         """float32 [len(batch.logit_rows), vocab]; the array is the caller's to keep."""
         tokens = len(batch.tokens)
-        if tokens > self.limits.prefill_chunk:
-            raise ValueError(f"{tokens} tokens in one batch, and the library takes {self.limits.prefill_chunk}")
-        where = [self._put(a) for a in (batch.positions, batch.rows, batch.page_table)]
-        embeds = self._functions["embed"](self._put(batch.tokens), self._params)
+        embeds, *where = self._begin(batch)
         wanted = np.asarray(batch.logit_rows, np.int32)
         rows = len(wanted)
         if not rows:  # the kernels take at least one row
@@ -80,6 +81,13 @@ class TvmExecutor:
             logits, _ = self._functions["batch_prefill"](embeds, self._put(wanted), *where, self._kv, self._params)
         padded: Any = np.from_dlpack(logits)
         out: NDArray[np.float32] = padded[:rows, : self.limits.vocab_size].copy()
+        return out
+
+    def run_hidden(self, batch: Batch) -> NDArray[np.float32]:
+        """float32 [len(batch.tokens), hidden_size], which is the caller's to keep."""
+        states, _ = self._functions[HIDDEN](*self._begin(batch), self._kv, self._params)
+        whole: Any = np.from_dlpack(states)
+        out: NDArray[np.float32] = whole.copy()
         return out
 
     def copy_page(self, source: int, destination: int) -> None:
@@ -110,6 +118,20 @@ class TvmExecutor:
         weights = sum(record.nbytes for record in load_weights_index(draft.root) if record.name in beside)
         both = self.weight_bytes + weights
         return make_limits(library, both, budget, get_free_memory(), draft=draft.manifest.library)
+
+    def _begin(self, batch: Batch) -> list[Any]:
+        """The arguments that every function starts with: embedded tokens, positions, rows and page table."""
+        tokens = len(batch.tokens)
+        if tokens > self.limits.prefill_chunk:
+            raise ValueError(f"{tokens} tokens in one batch, and the library takes {self.limits.prefill_chunk}")
+        where = [self._put(a) for a in (batch.positions, batch.rows, batch.page_table)]
+        return [self._functions["embed"](self._put(batch.tokens), self._params), *where]
+
+    def _find_hidden_size(self) -> int:
+        """As wide as an embedded token; 0 without the function that gives hidden states."""
+        if HIDDEN not in self._functions:
+            return 0
+        return int(self._functions["embed"](self._put([0]), self._params).shape[1])
 
     def _put(self, values: Any) -> Any:
         return self._runtime.tensor(np.ascontiguousarray(values, dtype=np.int32))

@@ -31,9 +31,13 @@ class Sequence:
     that the cache had when the sequence first started. `rank`: priority (smaller runs sooner), then arrival. `scored`:
     logits are wanted of so many of its first tokens too, so that it takes nothing from the cache. `lag`: tokens at the
     end of those computed that a draft model, which shares the pages, has not run; nobody else may read them yet.
+    `pooled`: its hidden states are wanted and no token follows; `whole`: of all tokens, so as with `scored`.
     """
 
-    __slots__ = ("cached", "computed", "lag", "nodes", "pages", "rank", "request_id", "scored", "tokens")
+    __slots__ = (
+        *("cached", "computed", "lag", "nodes", "pages", "pooled"),
+        *("rank", "request_id", "scored", "tokens", "whole"),
+    )
 
     def __init__(self, request_id: str, tokens: Iterable[int], priority: int = 0, scored: int = 0) -> None:
         self.request_id = request_id
@@ -45,6 +49,8 @@ class Sequence:
         self.cached: int | None = None
         self.rank = (priority, 0)
         self.scored = scored
+        self.pooled = False
+        self.whole = scored > 0
 
     @property
     def pending(self) -> int:
@@ -204,7 +210,7 @@ class Scheduler:
         """
         if len(self._running) == self._max_running:
             return None
-        most = 0 if sequence.scored else len(sequence.tokens) - 1  # the last token must run
+        most = 0 if sequence.whole else len(sequence.tokens) - 1  # the last token must run
         nodes = self._cache.find(sequence.tokens, most)
         coming = sum(not node.readers for node in nodes)  # free as long as they are not read
         missing = self._missing(sequence) - len(nodes)
@@ -229,7 +235,7 @@ class Scheduler:
         """One of `chunks` computes tokens of `sequence` that the cache will have in the next batch: requests that come
         together and begin alike, as the choices of one prompt do, compute that beginning once."""
         size = self._limits.page_size
-        if sequence.scored or not self._cache.enabled:
+        if sequence.whole or not self._cache.enabled:
             return False
         for chunk in chunks:
             end = min(chunk.start + chunk.count, len(sequence.tokens) - 1) // size * size

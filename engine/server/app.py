@@ -14,7 +14,7 @@ from engine.server.auth import KeyCheck
 from engine.server.errors import add_error_handlers
 from engine.server.limits import Admission, BodyLimit
 from engine.server.metrics import CountRefusals, Metrics
-from engine.server.routes import chat, completions, health, messages, metrics, models, responses, tokens
+from engine.server.routes import chat, completions, embeddings, health, messages, metrics, models, responses, tokens
 from engine.server.routes.page import make_page_router
 from engine.server.settings import ServerSettings, split_list
 from engine.server.trace import RequestId
@@ -38,7 +38,7 @@ def make_app(
     app.state.metrics = series
     app.state.settings = settings
     app.state.draining = False
-    for route in (chat, completions, health, messages, metrics, models, responses, tokens):
+    for route in (chat, completions, embeddings, health, messages, metrics, models, responses, tokens):
         app.include_router(route.router)
     app.include_router(make_page_router(static))
     add_error_handlers(app)

@@ -22,6 +22,7 @@ from engine.model import LoadedModel
 ROUTES = {
     "chatcmpl": "/v1/chat/completions",
     "cmpl": "/v1/completions",
+    "embd": "/v1/embeddings",
     "msg": "/v1/messages",
     "resp": "/v1/responses",
 }

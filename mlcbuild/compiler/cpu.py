@@ -198,6 +198,13 @@ class CpuProgram(nn.Module):
         """Logits of every token of several drafts; on the CPU the same computation as batch_decode."""
         return self.batch_decode(input_embeds, positions, rows, table, pages)
 
+    def batch_prefill_to_last_hidden_states(
+        self, input_embeds: Tensor, positions: Tensor, rows: Tensor, table: Tensor, pages: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states of every token instead of logits: float32 [n, hidden], for embeddings."""
+        h, pages = self._layers(input_embeds, positions, rows, table, pages)
+        return self.network.normed(h), pages
+
     def _layers(
         self, h: Tensor, positions: Tensor, rows: Tensor, table: Tensor, pages: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -225,6 +232,7 @@ class CpuProgram(nn.Module):
             "batch_prefill": {**embeds, "logit_positions": nn.spec.Tensor(["b"], "int32"), **paged},
             "batch_decode": {**embeds, **paged},
             "batch_verify": {**embeds, **paged},
+            "batch_prefill_to_last_hidden_states": {**embeds, **paged},
         }
         return nn.spec.ModuleSpec.from_raw(functions, self)
 

@@ -65,7 +65,10 @@ class Lowering(Protocol):
         """[..., 2 n] -> [..., n]: silu of the first half times the second."""
 
     def export(self, model: nn.Module, shape: AttentionShape, hidden_size: int, limits: Limits) -> Program:
-        """The functions embed, batch_prefill, batch_decode and batch_verify (and create_paged_kv_cache on GPUs)."""
+        """The functions embed, batch_prefill, batch_decode and batch_verify.
+
+        On CPUs also batch_prefill_to_last_hidden_states, on GPUs create_paged_kv_cache.
+        """
 
 
 def make_lowering(target: Target, quantization: Quantization, layout: str) -> Lowering:

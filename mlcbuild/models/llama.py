@@ -141,9 +141,13 @@ class Model(nn.Module):
             h = layer(h, kv, i)
         return h
 
+    def normed(self, h: Tensor) -> Tensor:
+        """Last norm: float32 [..., hidden], the last hidden states, which the head reads and embeddings are made of."""
+        return self.model.norm(h)
+
     def logits(self, h: Tensor) -> Tensor:
         """Last norm and head: float32 [..., vocab]."""
-        h = self.model.norm(h)
+        h = self.normed(h)
         return self.model.embed_tokens.logits(h) if self.tied else self.lm_head(h)
 
 

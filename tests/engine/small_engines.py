@@ -19,7 +19,9 @@ TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|bot|>{% endif %}"
 )
-LIMITS = Limits(context_window=128, prefill_chunk=24, max_batch=4, page_size=16, num_pages=20, vocab_size=258)
+LIMITS = Limits(
+    context_window=128, prefill_chunk=24, max_batch=4, page_size=16, num_pages=20, vocab_size=258, hidden_size=8
+)
 
 
 def make_tokenizer() -> Tokenizer:

@@ -69,7 +69,7 @@ def test_replies_are_those_of_the_large_model(
 
 def test_both_caches_are_within_the_budget(pair: tuple[TvmExecutor, TvmExecutor]) -> None:
     large, small = pair
-    assert large.limits == small.limits
+    assert replace(large.limits, hidden_size=0) == replace(small.limits, hidden_size=0)
     assert large.limits.num_pages == 2048 // 16
 
 

@@ -126,6 +126,11 @@ def write_checkpoint(name: str, folder: Path) -> dict[str, Any]:
 
 def compute_with_transformers(name: str) -> NDArray[np.float32]:
     """transformers' float32 logits [LENGTH, vocab] of a case; needs torch."""
+    return run_transformers(name)[0]
+
+
+def run_transformers(name: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """transformers' float32 logits [LENGTH, vocab] and last hidden states [LENGTH, hidden] of a case; needs torch."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -138,8 +143,10 @@ def compute_with_transformers(name: str) -> NDArray[np.float32]:
         if config["tie_word_embeddings"]:
             weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
         model.load_state_dict(weights, strict=True)
-        logits = model(torch.from_numpy(make_tokens(config).astype(np.int64))[None]).logits[0]
-    return logits.numpy().astype(np.float32)
+        ids = torch.from_numpy(make_tokens(config).astype(np.int64))[None]
+        found = model(ids, output_hidden_states=True)
+    states = found.hidden_states[-1][0]  # after the last norm
+    return found.logits[0].numpy().astype(np.float32), states.numpy().astype(np.float32)
 
 
 def load_recorded(name: str) -> NDArray[np.float32]:

@@ -29,7 +29,9 @@ from engine.text.tokenizer import Tokenizer, load_tokenizer
 from engine.thread import EngineThread
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMITS = Limits(context_window=512, prefill_chunk=128, max_batch=8, page_size=16, num_pages=320, vocab_size=2048)
+LIMITS = Limits(
+    context_window=512, prefill_chunk=128, max_batch=8, page_size=16, num_pages=320, vocab_size=2048, hidden_size=32
+)
 ASSISTANT = "<|im_start|>assistant\n"
 USER = "<|im_start|>user\n"
 STEP = 0.02

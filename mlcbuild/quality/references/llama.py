@@ -74,6 +74,14 @@ def compute_logits(
 ) -> Array:
     """Logits [all tokens, vocabulary] of `windows`, each a sequence of its own starting at position 0."""
     shape, weights = make_shape(config), Weights(source)
+    h = compute_hidden(weights, shape, windows, report)
+    logits = weights.multiply(h, "model.embed_tokens" if shape.tied else "lm_head")
+    check_all_used(weights, shape.tied)
+    return logits
+
+
+def compute_hidden(weights: Weights, shape: Shape, windows: Sequence[NDArray[np.int32]], report: Report) -> Array:
+    """The last hidden states [all tokens, hidden], which the head reads."""
     h = weights.embed("model.embed_tokens.weight", np.concatenate(windows))
     lengths = [len(window) for window in windows]
     for i in range(shape.layers):
@@ -85,10 +93,7 @@ def compute_logits(
         x = normalize(h, weights.load_vector(f"{at}.post_attention_layernorm.weight"), shape.epsilon)
         gate, up = weights.multiply(x, f"{at}.mlp.gate_proj"), weights.multiply(x, f"{at}.mlp.up_proj")
         h = h + weights.multiply(silu(gate) * up, f"{at}.mlp.down_proj")
-    h = normalize(h, weights.load_vector("model.norm.weight"), shape.epsilon)
-    logits = weights.multiply(h, "model.embed_tokens" if shape.tied else "lm_head")
-    check_all_used(weights, shape.tied)
-    return logits
+    return normalize(h, weights.load_vector("model.norm.weight"), shape.epsilon)
 
 
 def make_shape(config: Mapping[str, Any]) -> Shape:
