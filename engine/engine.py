@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.batch import make_batch
+from engine.cache_file import CacheFile
 from engine.core import Limits, Output, Request, Stats, join_outputs
 from engine.errors import DeadlineExceeded, EngineError, InvalidRequest
 from engine.progress import Progress
@@ -37,7 +38,8 @@ class Engine:
     an exception of the executor comes out of `step`, and the engine is then of no more use. `prefix_cache`: whether
     requests read the pages of earlier ones that begin alike. `draft_tokens`: how many tokens of a reply may be guessed
     and checked in one batch, from its own text or by the small model that `draft` holds; 0 = none. Neither ever changes
-    what a request says. Both executors are closed with the engine.
+    what a request says. Both executors are closed with the engine. `cache_file`: where the prefix cache is kept from
+    one engine to the next; raises InvalidSetting for a file that is not of these executors' packages.
     """
 
     def __init__(
@@ -48,9 +50,11 @@ class Engine:
         prefix_cache: bool = True,
         draft_tokens: int = 0,
         draft: Executor | None = None,
+        cache_file: CacheFile | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._executor = executor
+        self._executors = [executor] if draft is None else [executor, draft]
         self.tokenizer = tokenizer
         self.limits: Limits = executor.limits
         self._scheduler = Scheduler(self.limits, prefix_cache=prefix_cache)
@@ -64,6 +68,10 @@ class Engine:
         self._prompt_tokens = 0
         self._cached_tokens = 0
         self._completion_tokens = 0
+        self._sound = True  # no executor has failed
+        self._cache_file = cache_file
+        if cache_file is not None:
+            self._load_cache(cache_file)
 
     @property
     def has_work(self) -> bool:
@@ -85,6 +93,12 @@ class Engine:
 
     def step(self) -> list[Output]:
         """Run one batch; what the requests in it have gained. Empty while a prompt is longer than one batch."""
+        self._sound = False
+        outputs = self._step()
+        self._sound = True
+        return outputs
+
+    def _step(self) -> list[Output]:
         late = self._end_late() if self._deadlines else []
         if not self._requests:
             return late
@@ -113,10 +127,32 @@ class Engine:
         )
 
     def close(self) -> None:
-        """Release the executors."""
-        self._executor.close()
-        if self._guesser is not None:
-            self._guesser.close()
+        """Release the executors, and keep what the prefix cache has, if it is to be kept."""
+        file, self._cache_file = self._cache_file, None
+        try:
+            if file is not None and self._sound:
+                self._save_cache(file)
+        finally:
+            for executor in self._executors:
+                executor.close()
+
+    def _load_cache(self, file: CacheFile) -> None:
+        tensors = file.load()
+        if tensors is None:
+            return
+        pages = self._scheduler.restore_cached(tensors["keys"].tolist(), tensors["parents"].tolist())
+        for index, executor in enumerate(self._executors):
+            executor.write_pages(pages, tensors[f"pages.{index}"][:, : len(pages)])
+
+    def _save_cache(self, file: CacheFile) -> None:
+        nbytes = sum(executor.read_pages([0]).nbytes for executor in self._executors)
+        found = self._scheduler.list_cached(file.most_bytes // nbytes)
+        if not found:
+            return
+        keys = np.array([node.key for node, _ in found], np.int32)
+        tensors = {"keys": keys, "parents": np.array([parent for _, parent in found], np.int32)}
+        pages = [node.page for node, _ in found]
+        file.save(tensors | {f"pages.{i}": e.read_pages(pages) for i, e in enumerate(self._executors)})
 
     def _end_late(self) -> list[Output]:
         """End the requests, running or waiting, whose deadline has passed."""

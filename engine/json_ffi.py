@@ -21,9 +21,9 @@ that was accepted some objects with its `id`, of which the last one, and only th
     {"id": "my-id", "last": true}                         the end of a stream, or of what was aborted
     {"id": "my-id", "error": {...}, "last": true}         OpenAI's error, as over HTTP
 
-`config` has `model`, the package's folder, and may have mode, kv_tokens, memory_fraction, prefix_cache, speculative,
-draft, draft_tokens, max_queue and model_name, as `./doit help serve` explains them. Texts are UTF-8, lines have no line
-feed inside. No call raises, and none but reload and unload takes long.
+`config` has `model`, the package's folder, and may have mode, kv_tokens, memory_fraction, prefix_cache, cache_file,
+speculative, draft, draft_tokens, max_queue and model_name, as `./doit help serve` explains them. Texts are UTF-8, lines
+have no line feed inside. No call raises, and none but reload and unload takes long.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from engine.server.protocol.errors import make_engine_error, make_error
 from engine.server.settings import ServerSettings, get_guessing, load_settings
 
 SETTINGS = (
-    *("mode", "kv_tokens", "memory_fraction", "prefix_cache"),
+    *("mode", "kv_tokens", "memory_fraction", "prefix_cache", "cache_file"),
     *("speculative", "draft", "draft_tokens", "max_queue", "model_name"),
 )
 _log = logging.getLogger(__name__)
@@ -117,6 +117,7 @@ class JsonEngine:
                 budget,
                 name=settings.model_name,
                 prefix_cache=bool(settings.prefix_cache),
+                cache_file=Path(settings.cache_file) if settings.cache_file else None,
                 queue_limit=settings.max_queue,
                 **guessing,
             )

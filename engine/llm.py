@@ -35,7 +35,7 @@ class LLM:
     `mode` (local, interactive, server), `kv_tokens` and `memory_fraction` decide how many requests run at once and how
     large the KV cache is: see engine.runtime.memory. `prefix_cache`: whether requests read what earlier ones that
     begin alike have computed. `draft_tokens`: how many tokens may be guessed ahead, from the text itself or by the
-    small model in the package `draft`; 0 = none.
+    small model in the package `draft`; 0 = none. `cache_file`: where the prefix cache is kept until the next time.
     `queue_limit` is the number of requests that may wait. All requests run together: start several with `stream`, then
     read each.
     Raises PackageInvalid for a package that this machine cannot run, DoesNotFit when its memory is too small.
@@ -51,11 +51,13 @@ class LLM:
         prefix_cache: bool = True,
         draft_tokens: int = 0,
         draft: str | Path | None = None,
+        cache_file: str | Path | None = None,
         queue_limit: int = DEFAULT_QUEUE_LIMIT,
     ) -> None:
         budget = Budget(mode, kv_tokens, memory_fraction)
-        guessing: Any = {"draft_tokens": draft_tokens, "draft": None if draft is None else Path(draft)}
-        make = make_package_engine(Path(path), budget, prefix_cache=prefix_cache, **guessing)
+        options: Any = {"prefix_cache": prefix_cache, "draft_tokens": draft_tokens}
+        options |= {"draft": draft and Path(draft), "cache_file": cache_file and Path(cache_file)}
+        make = make_package_engine(Path(path), budget, **options)
         self.thread = EngineThread(make, queue_limit=queue_limit)
         self._finalizer = weakref.finalize(self, self.thread.close)
 
@@ -133,21 +135,27 @@ def make_package_engine(
     prefix_cache: bool = True,
     draft_tokens: int = 0,
     draft: Path | None = None,
+    cache_file: Path | None = None,
 ) -> Callable[[], Engine]:
     """What EngineThread takes: a function that opens the package, on the thread that calls it, and loads TVM."""
 
     def make() -> Engine:
         from engine.artifact import open_package
+        from engine.cache_file import CacheFile, make_owner
         from engine.runtime.pair import load_pair
         from engine.runtime.tvm_executor import TvmExecutor
 
         package = open_package(path)
         tokenizer = load_tokenizer(package.root, marks=get_marks(package.manifest.recipes["model"]["chat"]))
+        packages, small = [package], None
         if draft is None or not draft_tokens:
-            executor, small = TvmExecutor(package, budget), None
+            executor = TvmExecutor(package, budget)
         else:
-            executor, small = load_pair(package, open_package(draft), budget)
-        return Engine(executor, tokenizer, prefix_cache=prefix_cache, draft_tokens=draft_tokens, draft=small)
+            packages.append(open_package(draft))
+            executor, small = load_pair(package, packages[1], budget)
+        file = None if cache_file is None else CacheFile(cache_file, make_owner(packages))
+        options: Any = {"prefix_cache": prefix_cache, "draft_tokens": draft_tokens, "draft": small}
+        return Engine(executor, tokenizer, **options, cache_file=file)
 
     return make
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from engine.artifact import Package, open_package
 from engine.core import SamplingParams
@@ -58,21 +59,24 @@ def load_model(
     prefix_cache: bool = True,
     draft_tokens: int = 0,
     draft: Path | None = None,
+    cache_file: Path | None = None,
     queue_limit: int = DEFAULT_QUEUE_LIMIT,
 ) -> LoadedModel:
     """Open the package in folder `path` and start its engine.
 
     `name` defaults to the model part of the variant; `budget` says what memory it may take. `draft`: the package
-    of a small model that guesses up to `draft_tokens` ahead; without it, they are guessed from the text. Raises
-    PackageInvalid for a package that this machine cannot run, InvalidSetting for a draft that does not go with it,
-    DoesNotFit when memory is too small.
+    of a small model that guesses up to `draft_tokens` ahead; without it, they are guessed from the text.
+    `cache_file`: where the prefix cache is kept from one time to the next. Raises PackageInvalid for a package that
+    this machine cannot run, InvalidSetting for a draft or a file that does not go with it, DoesNotFit when memory is
+    too small.
     """
     package = open_package(path)
     variant = package.manifest.variant
     defaults = load_defaults(package)
     chat = package.manifest.recipes["model"]["chat"]
     form = None if chat["tool_format"] is None else load_format(chat["tool_format"])
-    make = make_package_engine(path, budget, prefix_cache=prefix_cache, draft_tokens=draft_tokens, draft=draft)
+    options: Any = {"draft_tokens": draft_tokens, "draft": draft, "cache_file": cache_file}
+    make = make_package_engine(path, budget, prefix_cache=prefix_cache, **options)
     engine = EngineThread(make, queue_limit=queue_limit)
     name = name or variant.split("/")[0]
     created, tool_format = int(time.time()), chat["tool_format"]

@@ -40,9 +40,6 @@ class Guesser(Protocol):
     def forget(self, request_id: str) -> None:
         """A request has ended; it may have had no guesses."""
 
-    def close(self) -> None:
-        """Release everything."""
-
 
 class LookupGuesser:
     """First come, first served, as far as the batch has room. `longest`: tokens of one guess."""
@@ -76,9 +73,6 @@ class LookupGuesser:
     def forget(self, request_id: str) -> None:
         """See Guesser."""
         self._known.pop(request_id, None)
-
-    def close(self) -> None:
-        """Nothing is held."""
 
 
 class DraftGuesser:
@@ -147,10 +141,6 @@ class DraftGuesser:
     def forget(self, request_id: str) -> None:
         """See Guesser."""
         self._paces.pop(request_id, None)
-
-    def close(self) -> None:
-        """Release the small model."""
-        self.executor.close()
 
 
 @dataclass(slots=True)

@@ -43,6 +43,7 @@ def run_serve(package: Path, variables: Mapping[str, str]) -> None:
             Budget(settings.mode, settings.kv_tokens or None, settings.memory_fraction),
             name=settings.model_name,
             prefix_cache=bool(settings.prefix_cache),
+            cache_file=Path(settings.cache_file) if settings.cache_file else None,
             **get_guessing(settings),
             queue_limit=settings.max_queue,
         )

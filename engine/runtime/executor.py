@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 from engine.core import Batch, Limits
 
@@ -29,6 +30,12 @@ class Executor(Protocol):
 
     def copy_page(self, source: int, destination: int) -> None:
         """Make page `destination` equal to page `source`, in every layer."""
+
+    def read_pages(self, pages: Sequence[int]) -> NDArray[Any]:
+        """A copy of what pages hold; they lie along axis 1, and the array means nothing to anybody else."""
+
+    def write_pages(self, pages: Sequence[int], held: NDArray[Any]) -> None:
+        """Make pages hold what `read_pages` gave."""
 
     def close(self) -> None:
         """Release everything."""

@@ -62,6 +62,14 @@ class FakeExecutor:
         self._tokens[destination] = self._tokens[source]
         self._positions[destination] = self._positions[source]
 
+    def read_pages(self, pages: Sequence[int]) -> NDArray[np.int32]:
+        """Tokens and positions: [2, len(pages), page_size]."""
+        return np.stack([self._tokens[list(pages)], self._positions[list(pages)]])
+
+    def write_pages(self, pages: Sequence[int], held: NDArray[np.int32]) -> None:
+        """The counterpart of read_pages."""
+        self._tokens[list(pages)], self._positions[list(pages)] = held
+
     def close(self) -> None:
         """No batch is taken any more."""
         self.closed = True

@@ -10,6 +10,7 @@ import json
 import math
 import mmap
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,16 @@ class TvmExecutor:
         """Copy one page of every layer."""
         assert self._pages is not None, "closed"
         self._pages[:, destination] = self._pages[:, source]
+
+    def read_pages(self, pages: Sequence[int]) -> NDArray[Any]:
+        """[layers, len(pages), 2, kv_heads, page_size, head_dim]."""
+        assert self._pages is not None, "closed"
+        return self._pages[:, np.asarray(pages, np.intp)]
+
+    def write_pages(self, pages: Sequence[int], held: NDArray[Any]) -> None:
+        """The counterpart of read_pages."""
+        assert self._pages is not None, "closed"
+        self._pages[:, np.asarray(pages, np.intp)] = held
 
     @property
     def weight_bytes(self) -> int:

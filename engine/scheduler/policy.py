@@ -124,6 +124,14 @@ class Scheduler:
         """Pages that the prefix cache has had to forget since the start."""
         return self._cache.evictions
 
+    def list_cached(self, limit: int) -> list[tuple[Node, int]]:
+        """See PrefixCache.list_latest."""
+        return self._cache.list_latest(limit)
+
+    def restore_cached(self, keys: Iterable[Iterable[int]], parents: Iterable[int]) -> list[int]:
+        """See PrefixCache.restore; before anything is added."""
+        return self._cache.restore([tuple(key) for key in keys], list(parents))
+
     def add(self, sequence: Sequence) -> None:
         """Put a new sequence into the queue, behind all of its priority."""
         self._arrivals += 1

@@ -88,6 +88,42 @@ class PrefixCache:
             self.hold([node])
         return node
 
+    def list_latest(self, limit: int) -> list[tuple[Node, int]]:
+        """Up to `limit` pages, those used last first, each with the place in this list of the one before it, or -1.
+
+        Every page comes after the one before it.
+        """
+        places: dict[Node, int] = {self._root: -1}
+        found: list[tuple[Node, int]] = []
+        for node in (*self._walk_read(), *reversed(self._unread)):
+            if len(found) == limit:
+                break
+            assert node.parent is not None
+            found.append((node, places[node.parent]))
+            places[node] = len(found) - 1
+        return found
+
+    def restore(self, keys: Sequence[Sequence[int]], parents: Sequence[int]) -> list[int]:
+        """Remember pages as `list_latest` gave them, as many as are free; the pages to fill, in that order.
+
+        For a cache that has nothing yet.
+        """
+        pages = self._allocator.allocate(min(len(keys), self._allocator.num_free))
+        nodes: list[Node] = []
+        for page, key, parent in zip(pages, keys, parents, strict=False):
+            above = nodes[parent] if parent >= 0 else self._root
+            node = above.children[tuple(key)] = Node(tuple(key), page, above)
+            nodes.append(node)
+        self._unread.update(dict.fromkeys(reversed(nodes)))
+        return pages
+
+    def _walk_read(self) -> list[Node]:
+        """The pages that somebody reads, each after its parent."""
+        found = [node for node in self._root.children.values() if node.readers]
+        for node in found:  # which grows meanwhile
+            found += [child for child in node.children.values() if child.readers]
+        return found
+
     def evict(self, count: int) -> None:
         """Forget `count` pages that nobody reads and free them. The caller has looked at `num_unread`."""
         for _ in range(count):

@@ -46,6 +46,7 @@ class ServerSettings:
     kv_tokens: int = _setting(0, "tokens that the KV cache holds, over all requests; 0 = what the mode says")
     memory_fraction: float = _setting(0.85, "of the free memory, what the engine may take at most")
     prefix_cache: int = _setting(1, "1 = prompts that begin as earlier ones did re-use their pages; 0 = off")
+    cache_file: str = _setting("", "file that keeps those pages (1 GiB at most) until the next start; default: none")
     speculative: str = _setting("", SPECULATIVE)
     draft: str = _setting("", DRAFT)
     draft_tokens: int = _setting(6, "tokens guessed ahead at most, when speculative is on")

@@ -9,8 +9,9 @@ import pytest
 from small_engines import make_request, run_all
 
 from engine.artifact import open_package
-from engine.core import Output
+from engine.core import Output, SamplingParams
 from engine.engine import Engine
+from engine.llm import LLM
 from engine.machine import get_cpu_features
 from engine.runtime.tvm_executor import TvmExecutor
 from engine.text.tokenizer import load_tokenizer
@@ -94,3 +95,14 @@ def test_a_turn_computes_only_what_is_new(executor: TvmExecutor) -> None:
     for reply in later:  # all of the earlier turns but for less than one page, and the token that ended them
         assert history - 17 <= reply.usage.cached_tokens <= history
         history = reply.usage.total_tokens
+
+
+def test_what_is_kept_on_disk_is_of_use_later(tmp_path: Path) -> None:
+    assert PACKAGE is not None
+    messages = [{"role": "user", "content": " ".join(TURNS)}]
+    replies = []
+    for _ in range(2):
+        with LLM(PACKAGE, kv_tokens=1024, cache_file=tmp_path / "cache") as llm:
+            replies.append(llm.chat(messages, SamplingParams(temperature=0, max_tokens=30)))
+    assert replies[0].token_ids == replies[1].token_ids
+    assert [reply.usage.cached_tokens >= 16 for reply in replies] == [False, True]
