@@ -10,7 +10,8 @@
     ├── PackageError        a package could not be written
     ├── QualityError        a package fails the gate of its model recipe
     ├── StepError           a step of tasks/ broke its contract: no `run`, an output missing, an input not made
-    └── StoreError          the content store cannot be read or written
+    ├── StoreError          the content store cannot be read or written
+    └── ExecutorError       executor=dask: no scheduler, no worker that fits, or one that would make something else
 
 Each carries a hint: what to do next, if possible a command to paste.
 """
@@ -64,6 +65,10 @@ class QualityError(MlcbuildError):
 
 class StepError(MlcbuildError):
     """A step broke its contract: no `run`, a declared output missing, or an input that nothing made."""
+
+
+class ExecutorError(MlcbuildError):
+    """Steps cannot be run by the workers of a Dask scheduler."""
 
 
 class StoreError(MlcbuildError):

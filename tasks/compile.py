@@ -31,6 +31,7 @@ def make_actions(plan: Plan) -> Iterator[Action]:
             tools=("apache-tvm", "apache-tvm-ffi", *(f"program:{name}" for name in build.target.toolchain)),
             environment=() if build.target.kind == "cpu" else ("CUDA_HOME",),
             code=tuple(list_code(build)),
+            resources={"memory": 2.0, **{f"program:{name}": 1.0 for name in build.target.toolchain}},
         )
 
 

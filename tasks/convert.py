@@ -35,6 +35,7 @@ def make_actions(plan: Plan) -> Iterator[Action]:
                 f"mlcbuild.quantization.layouts.{build.layout.replace('-', '_')}",
             ),
             after=(f"download:{build.model.name}",),
+            resources={"memory": 2.0},  # it streams, whatever the checkpoint's size
         )
 
 

@@ -36,6 +36,7 @@ def make_actions(plan: Plan) -> Iterator[Action]:
             tools=("numpy", "tokenizers"),
             code=(f"mlcbuild.quality.references.{build.model.family}",),
             after=(f"download:{build.model.name}",),
+            resources={"memory": 4.0},
         )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mlcbuild.graph.action import Action, Context
-from mlcbuild.graph.plan import Plan
+from mlcbuild.graph.plan import Build, Plan
+from mlcbuild.recipes.jobs import count_parameters
 
 
 def make_actions(plan: Plan) -> Iterator[Action]:
@@ -24,7 +25,15 @@ def make_actions(plan: Plan) -> Iterator[Action]:
             outputs={"record": build.package / "record.json"},
             tools=("apache-tvm", "apache-tvm-ffi", "jinja2", "numpy", "tokenizers"),
             after=(f"package:{build.id}", f"reference:{build.model.name}"),
+            resources=list_resources(build),
         )
+
+
+def list_resources(build: Build) -> dict[str, float]:
+    """A machine that runs the target, with room for the weights and pages beside them."""
+    weights = count_parameters(build.model) * build.quantization.bits / 8 / 1e9
+    gpu = {"gpu": 1.0} if build.target.kind == "cuda" else {}
+    return {f"target:{build.target.name}": 1.0, "memory": 2.0 + round(weights, 1), **gpu}
 
 
 def run(ctx: Context) -> None:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -51,6 +51,8 @@ class Action:
     environment  names of environment variables whose values enter the key
     code         modules that `run` reaches by name at run time, e.g. `mlcbuild.models.llama` (imports are followed)
     after        doit task names that make the inputs
+    resources    what a worker of executor=dask must have free for it: `memory` (GB), `gpu`, `program:nvcc`,
+                 `target:cuda-sm90` (it can run that target); no part of the key
     """
 
     step: str
@@ -63,6 +65,7 @@ class Action:
     environment: tuple[str, ...] = ()
     code: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
+    resources: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def task(self) -> str:

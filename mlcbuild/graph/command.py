@@ -6,6 +6,7 @@
     doit build model=llama3.2-1b source=random  seeded weights of its shape, no download
     doit build matrix=nightly -n 4              four steps at once, each in a process of its own
     doit build remote=http://cache:8080         share results through a cache (./doit cache-server), or offline=1
+    doit build executor=dask scheduler=tcp://host:8786      run its steps on other machines; see dask.py
 
 This module is imported by every doit command, so it imports nothing that takes time.
 """
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from doit.cmd_run import Run as DoitRun
 from doit.exceptions import InvalidCommand
 
-from mlcbuild.graph.settings import go_offline, is_on, settings
+from mlcbuild.graph.settings import EXECUTORS, go_offline, is_on, settings
 from mlcbuild.graph.snapshot import get_snapshot_path, load_fresh_snapshot
 
 if TYPE_CHECKING:
@@ -94,6 +95,8 @@ class Run(DoitRun):
     def run(self, params: Any, args: list[str]) -> Any:
         """doit's own `run`."""
         check_remote()
+        if settings.executor == "dask":
+            use_dask(params)
         if params["num_process"] and params["par_type"] == "process":
             import doit.cmd_run
 
@@ -229,6 +232,11 @@ def take_settings(*, offline: bool) -> None:
 
     variables = doit_cmd._CMDLINE_VARS or {}
     settings.remote = variables.pop("remote", "")
+    settings.executor, settings.scheduler = variables.pop("executor", "local"), variables.pop("scheduler", "")
+    if settings.executor not in EXECUTORS:
+        raise InvalidCommand(
+            f"unknown executor '{settings.executor}'\n  hint: executor={' or executor='.join(EXECUTORS)}"
+        )
     value = variables.pop("offline", "")
     try:
         if is_on(value) or offline:
@@ -246,6 +254,24 @@ def check_remote() -> None:
         get_remote()
     except StoreError as error:
         raise InvalidCommand(str(error)) from None
+
+
+def use_dask(params: Any) -> None:
+    """Connect to the scheduler, and have doit give steps to its workers. InvalidCommand when that cannot be."""
+    import doit.cmd_run
+
+    from mlcbuild.errors import ExecutorError
+    from mlcbuild.graph.dask import DaskRunner, get_cluster
+
+    if params["num_process"]:
+        raise InvalidCommand("-n is for executor=local: Dask's workers say how many steps run at once")
+    if not settings.scheduler:
+        raise InvalidCommand("executor=dask needs a scheduler\n  hint: scheduler=tcp://host:8786")
+    try:
+        get_cluster()
+    except ExecutorError as error:
+        raise InvalidCommand(str(error)) from None
+    doit.cmd_run.Runner = DaskRunner  # doit knows its runners by these names only
 
 
 def check_variables(variables: dict[str, str]) -> None:

@@ -225,9 +225,7 @@ def _make(
         blobs = {name: make_blobs(name, path, workspace.memo) for name, path in outputs.items()}
         record = Record(key, specification, blobs, time.perf_counter() - started)
         workspace.store.save(record, outputs)
-    for name, path in outputs.items():
-        _place(path, workspace.root / action.outputs[name], scratch / f"old-{name}")
-    workspace.save_state(action, record)
+    _place_all(workspace, action, record, outputs, scratch)
     if remote is not None and status == "run":
         remote.push(record, workspace.store, report)
     return record, status
@@ -255,6 +253,34 @@ def _run(workspace: Workspace, action: Action, outputs: dict[str, Path], report:
     inputs = {name: workspace.root / get_location(path) for name, path in action.inputs.items()}
     context = Context(action.params, inputs, outputs, report, workspace.memo.get_file_digest)
     importlib.import_module(action.module).run(context)
+
+
+def restore(action: Action, key: str, root: Path) -> bool:
+    """Place what `key` has made, from the store or the remote cache, without a look at the action's inputs.
+
+    False when neither has it.
+    """
+    from mlcbuild.graph.remote import get_remote
+
+    workspace, report = get_workspace(root), functools.partial(settings.tell, action.task)
+    with workspace.lock(action):
+        if workspace.is_current(action, key):
+            return True
+        with workspace.store.lock(key), workspace.open_scratch(action) as scratch:
+            outputs = {name: scratch / "out" / name / path.name for name, path in action.outputs.items()}
+            record, _ = _restore(workspace.store, get_remote(), key, outputs, report)
+            if record is not None:
+                _place_all(workspace, action, record, outputs, scratch)
+    return record is not None
+
+
+def _place_all(
+    workspace: Workspace, action: Action, record: Record, outputs: Mapping[str, Path], scratch: Path
+) -> None:
+    """Move all outputs to their places, and note whose they are."""
+    for name, path in outputs.items():
+        _place(path, workspace.root / action.outputs[name], scratch / f"old-{name}")
+    workspace.save_state(action, record)
 
 
 def _place(made: Path, final: Path, old: Path) -> None:

@@ -2,7 +2,7 @@
 
     {"schema": 2, "exit_code": 1, "error": "", "seconds": 8.4,
      "steps": [{"step": "convert", "name": "tiny/q4f16_1/rows16", "status": "run", "seconds": 0.8, "bytes": 4123456,
-                "saved": 0.0, "error": ""}, ...],
+                "saved": 0.0, "error": "", "worker": ""}, ...],
      "packages": [...], "skipped": [{"variant": ..., "reason": ...}]}
 
 `status` is run, hit, remote hit, ok (it was current), skip (`doit ignore`), fail, or not run: the build ended before.

@@ -30,7 +30,8 @@ MOST_TEXT = 200  # characters of a message from a worker, so that it is written 
 @dataclass(frozen=True, slots=True)
 class Line:
     """One finished task: `status` is run, hit, remote hit, ok, skip or fail; `seconds` it took, `bytes` of its outputs,
-    `saved` seconds that it took where it ran, if it came from a cache, and `error`, what a failed one says."""
+    `saved` seconds that it took where it ran, if it came from a cache, `error`, what a failed one says, and `worker`,
+    the address of the Dask worker that ran it."""
 
     step: str
     name: str
@@ -39,6 +40,7 @@ class Line:
     bytes: int = 0
     saved: float = 0.0
     error: str = ""
+    worker: str = ""
 
 
 class Reporter:
@@ -101,8 +103,8 @@ class Reporter:
     def add_success(self, task: Any) -> None:
         """A task has ended well."""
         if is_step(task):
-            values = task.values
-            self._finish(task, values["status"], values["seconds"], values["bytes"], values["saved"])
+            known = ("status", "seconds", "bytes", "saved", "worker")
+            self._finish(task, **{name: task.values[name] for name in known if name in task.values})
 
     def skip_uptodate(self, task: Any) -> None:
         """A task had nothing to do."""
@@ -158,12 +160,13 @@ class Reporter:
         if text:
             self.view.write(text, COLOURS.get(status, ""))
 
-    def _finish(self, task: Any, status: str, seconds: float = 0.0, size: int = 0, saved: float = 0.0) -> None:
+    def _finish(self, task: Any, status: str, seconds: float = 0.0, **more: Any) -> None:
         self._end(task, status)
-        line = Line(task.meta["step"], task.meta["name"], status, seconds, size, saved)
+        line = Line(task.meta["step"], task.meta["name"], status, seconds, **more)
         self.lines.append(line)
         took = "" if status in ("ok", "skip") else f"  {seconds:.1f} s"
-        self.write(f"{status:<5} {line.step:<9} {line.name}{took}", status)
+        where = f"  on {line.worker}" if line.worker else ""
+        self.write(f"{status:<5} {line.step:<9} {line.name}{took}{where}", status)
 
     def _end(self, task: Any, status: str) -> Running | None:
         if is_step(task):

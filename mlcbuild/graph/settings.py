@@ -22,13 +22,16 @@ class Settings:
     """`always`: run even what is current or in the store. `tell`: where the step that runs as the named doit
     task says how far it is (see Report in action.py).
     `warn`: where something is said that does not fail the build. `remote`: URL of the remote cache, "" for the one of
-    MLCBUILD_REMOTE. `offline`: neither remote cache nor downloads."""
+    MLCBUILD_REMOTE. `offline`: neither remote cache nor downloads. `executor`: local, or dask with its
+    `scheduler`."""
 
     always: bool = False
     tell: Callable[..., None] = ignore_report
     warn: Callable[[str], None] = write_warning
     remote: str = ""
     offline: bool = False
+    executor: str = "local"
+    scheduler: str = ""
 
 
 settings = Settings()
@@ -38,7 +41,8 @@ SIGNING_KEY = "MLCBUILD_SIGNING_KEY"
 SIGNATURE = "signature.json"  # beside the manifest: see package/signature.py
 
 # Command line variables of every command. They say where results come from, never what is built.
-VARIABLES = ("remote", "offline")
+VARIABLES = ("remote", "offline", "executor", "scheduler")
+EXECUTORS = ("local", "dask")
 YES, NO = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 
 

@@ -70,10 +70,7 @@ class WorkerRunner(MRunner):
         """The life of a worker."""
         os.setpgid(0, 0)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # at once, whatever it does: what it has made so far is scratch
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != self.build:  # it was gone before we asked
-            os._exit(1)
+        end_with(self.build)
         super().execute_task_subprocess(job_q, result_q, reporter_class)
 
     def check_workers(self) -> None:
@@ -97,3 +94,11 @@ class WorkerRunner(MRunner):
             for worker in living:
                 worker.terminate()
                 worker.join(PATIENCE)
+
+
+def end_with(parent: int) -> None:
+    """Have the kernel end this process when the process `parent`, which has started it, is gone; at once if it is."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it was gone before we asked
+        os._exit(1)
