@@ -237,7 +237,7 @@ def test_a_locked_branch_keeps_its_key(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("variables", "text"),
     [
-        ({"taget": "cpu"}, "unknown variable 'taget'\n  hint: did you mean target or dataset or timeout?"),
+        ({"taget": "cpu"}, "unknown variable 'taget'\n  hint: did you mean target or dataset or trace?"),
         ({"model": "tinny"}, "unknown model 'tinny'\n  hint: did you mean tiny or tiny-draft?"),
         ({"quantisation": "q0f32"}, "unknown variable 'quantisation'\n  hint: did you mean quantization?"),
         ({"source": "zero"}, "unknown source 'zero'\n  hint: known: random, recipe"),
