@@ -10,7 +10,7 @@ import importlib.metadata
 import time
 from collections.abc import Callable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from engine.core import Output, Usage
 from engine.model import LoadedModel
 
+disable_created_metrics()  # type: ignore[no-untyped-call]  # gauges of no use: when each counter was made
 # The beginning of a request's id says by which route it came.
 ROUTES = {
     "chatcmpl": "/v1/chat/completions",

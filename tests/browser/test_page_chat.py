@@ -123,19 +123,32 @@ def test_empty_settings_are_left_out(page: Page) -> None:
     seen = answer_with(page, make_chunk("stop", content="hi"))
     ask(page, "hello")
     page.get_by_role("button", name="Settings").click()
-    for label, value in {"Temperature": "0.5", "Top p": "0.9", "Top k": "0", "Max tokens": "7", "Seed": "-3"}.items():
+    values = {"Temperature": "0.5", "Top p": "0.9", "Top k": "0", "Min p": "0.1", "Max tokens": "7", "Seed": "-3"}
+    for label, value in values.items():
         page.get_by_label(label, exact=True).fill(value)
+    page.locator("[name=effort]").select_option("Little")
     page.get_by_role("button", name="Done").click()
     ask(page, "again")
     bare, full = seen
     for sent in seen:
         del sent["headers"]
-    assert set(bare) == {"model", "messages", "stream", "stream_options"}
+    assert set(bare) == {"model", "messages", "stream", "stream_options", "timings"}
     assert bare["model"] == "fake"
-    asked = {"temperature": 0.5, "top_p": 0.9, "top_k": 0, "max_tokens": 7, "seed": -3}
+    asked = {"temperature": 0.5, "top_p": 0.9, "top_k": 0, "min_p": 0.1, "max_tokens": 7, "seed": -3}
+    asked["reasoning_effort"] = "low"
     assert {name: full[name] for name in set(full) - set(bare)} == asked
     roles = [message["role"] for message in full["messages"]]
     assert roles == ["user", "assistant", "user"]
+
+
+def test_an_idea_is_put_into_the_field(page: Page) -> None:
+    page.get_by_role("button", name="What is the capital of Norway?").click()
+    field = page.get_by_label("Message", exact=True)
+    assert field.input_value() == "What is the capital of Norway?"
+    assert field.evaluate("e => e === document.activeElement")
+    field.press("Enter")
+    page.locator(".assistant").wait_for()
+    assert page.locator(".empty").count() == 0
 
 
 def test_conversations_are_kept(page: Page, server: Running) -> None:

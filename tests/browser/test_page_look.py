@@ -156,6 +156,8 @@ mlcbuild_time_to_first_token_seconds_count 10
     page.get_by_role("tab", name="Metrics").click()
     rows = page.locator("#metrics tbody tr")
     rows.first.wait_for()
+    tiles = [" ".join(text.split()) for text in page.locator(".tile").all_inner_texts()]
+    assert tiles == ["Running 3", "Answered 7 0 refused", "First token, p50 100 ms p95 190 ms"]
     running, total, first = [" ".join(row.split()) for row in rows.all_inner_texts()]
     assert running == "requests running 3"
     assert total.startswith('requests route=/v1/chat finish_reason=a "b" 7')

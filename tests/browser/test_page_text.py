@@ -36,7 +36,10 @@ CASES = {
     "no emphasis": ("snake_case_name, 2 * 3 * 4, **open", "<p>snake_case_name, 2 * 3 * 4, **open</p>"),
     "escapes": (r"\*a\* \_b\_ \\", "<p>*a* _b_ \\</p>"),
     "code": ("`a*b*` ``x ` y`` `open", "<p><code>a*b*</code> <code>x ` y</code> `open</p>"),
-    "fence": ("```py\nif a:\n    b\n\n```\nend", "<div><pre><code>if a:\n    b\n</code></pre></div><p>end</p>"),
+    "fence": (
+        "```py\nif a:\n    b\n\n```\nend",
+        "<div><pre><code><span>if</span> a:\n    b\n</code></pre></div><p>end</p>",
+    ),
     "open fence": ("```\n# a\n- b", "<div><pre><code># a\n- b</code></pre></div>"),
     "tildes": ("~~~\n```\n~~~", "<div><pre><code>```</code></pre></div>"),
     "list": ("- a\n- b\n  - c\n- d", "<ul><li>a</li><li>b<ul><li>c</li></ul></li><li>d</li></ul>"),
@@ -157,6 +160,35 @@ def test_hostile_text(page: Page) -> None:
     page.locator("#conversations .open").click()
     page.mouse.move(600, 300)
     assert page.evaluate("window.hacked") is None
+
+
+COLOURS = [
+    ("python", 'x = "#" # 1', [["", "x = "], ["text", '"#"'], ["", " "], ["comment", "# 1"]]),
+    ("python", "def f(): 'open", [["keyword", "def"], ["", " f(): "], ["text", "'open"]]),
+    ("Rust", "fn f<'a>() { 0x1F }", [["keyword", "fn"], ["", " f<'a>() { "], ["number", "0x1F"], ["", " }"]]),
+    ("sql", "SELECT a -- b", [["keyword", "SELECT"], ["", " a "], ["comment", "-- b"]]),
+    ("js", "a // b\n1.5e3", [["", "a "], ["comment", "// b"], ["", "\n"], ["number", "1.5e3"]]),
+    ("constructor", "if 1", [["", "if 1"]]),
+    ("", "if 1", [["", "if 1"]]),
+]
+COLOUR = "async ([code, language]) => (await import('./highlight.js')).colour(code, language)"
+
+
+@pytest.mark.parametrize(("language", "code", "expected"), COLOURS)
+def test_colours_of_code(script_page: Page, language: str, code: str, expected: list) -> None:
+    assert script_page.evaluate(COLOUR, [code, language]) == expected
+
+
+def test_colours_lose_nothing(script_page: Page) -> None:
+    """Whatever the code, its pieces are the code; and they come fast."""
+    codes = ['"' * 9000, "'\\" * 5000, "/*" * 9000, "a1 " * 6000, "#\n" * 6000, '"""' + "x" * 19000, "0x" * 9000]
+    for language in ("python", "js", "c", "sh", "yaml", "go", "sql", "json"):
+        for code in codes:
+            timed = f"async (given) => [await ({COLOUR})(given), performance.now()]"
+            before = script_page.evaluate("performance.now()")
+            pieces, after = script_page.evaluate(timed, [code, language])
+            assert "".join(text for _, text in pieces) == code
+            assert after - before < 5000  # as above: a search that starts over would take minutes
 
 
 def test_copying_code(page: Page) -> None:

@@ -11,6 +11,7 @@ const get = (id) => document.getElementById(id);
 const [log, message, banner, announcer, dialog] = ["log", "message", "banner", "announcer", "settings"].map(get);
 const form = get("settings-form");
 const FULL = "The browser's storage is full: this conversation is kept only until the tab is closed. Export or delete some.";
+const IDEAS = ["What is the capital of Norway?", "Write a Python function that reverses a text.", "Explain a prefix cache in two sentences."];
 const NEAR_END = 80; // pixels from the end of the log that count as reading along
 
 const settings = store.loadSettings();
@@ -25,12 +26,28 @@ const metrics = new MetricsView(get("metrics"), () => key);
 function showConversation() {
   views = new Map();
   log.replaceChildren();
-  if (!conversation.messages.length) log.append(make("p", { class: "empty" }, "Ask something. What you write stays between this browser and the server."));
+  if (!conversation.messages.length) log.append(makeEmpty());
   conversation.messages.forEach(appendView);
   document.title = conversation.title ? `${conversation.title} – mlcbuild` : "mlcbuild";
   get("export").disabled = !conversation.messages.length;
   showList();
   scrollToEnd();
+}
+
+/** What a conversation shows before it begins. An idea is put into the message field, not sent. */
+function makeEmpty() {
+  const take = (text) => {
+    message.value = text;
+    fitMessage();
+    message.focus();
+  };
+  return make(
+    "div",
+    { class: "empty" },
+    make("h2", {}, "Ask something"),
+    make("p", {}, "What you write stays between this browser and the server."),
+    make("div", { class: "ideas" }, IDEAS.map((text) => makeButton(text, () => take(text)))),
+  );
 }
 
 function appendView(entry) {
@@ -72,12 +89,15 @@ function ask(entries) {
   unspoken = "";
   focusMessage();
   run.done.then(() => {
-    if (mine === conversation) {
-      draw(run.reply);
-      announce(run.reply.error ? "" : " End of the reply.", true);
-    }
+    const { reply } = run;
+    const follows = isAtEnd();
     run = null;
-    showRunning(false);
+    showRunning(false); // shows what was hidden meanwhile, such as the fields for the results of tools
+    if (mine === conversation) {
+      draw(reply);
+      if (follows) scrollToEnd();
+      announce(reply.error ? "" : " End of the reply.", true);
+    }
     showList();
   });
 }

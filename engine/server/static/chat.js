@@ -3,13 +3,14 @@
 import { ServerError, streamChat } from "./api.js";
 import { addChunk, makeMessages, makeReply } from "./reply.js";
 
-const NUMBERS = ["temperature", "top_p", "top_k", "max_tokens", "seed"];
+const NUMBERS = ["temperature", "top_p", "top_k", "min_p", "max_tokens", "seed"];
 const SAVE_EVERY = 2000; // milliseconds
 
 /** The body of the request; what the person left empty is left out, so that the model's own defaults hold. */
 export function makeBody(conversation, settings) {
   const body = { model: settings.model, messages: makeMessages(conversation.system, conversation.messages) };
   for (const name of NUMBERS) if (settings[name] !== "") body[name] = Number(settings[name]);
+  if (settings.effort) body.reasoning_effort = settings.effort;
   if (settings.tools.trim()) body.tools = parseTools(settings.tools);
   return body;
 }

@@ -1,6 +1,7 @@
 /** Markdown to elements. Model text becomes text nodes and nothing else; HTML in it is shown as it was written. */
 
 import { make, makeCopyButton } from "./dom.js";
+import { colour } from "./highlight.js";
 import { renderInline } from "./inline.js";
 
 const MAX_DEPTH = 8; // quotes and lists within each other; what lies deeper is shown as it was written
@@ -121,7 +122,7 @@ function renderCode(text, language) {
   bar.append(makeCopyButton(() => text, { "aria-label": "Copy this code" }));
   // A block that scrolls must be reachable by keyboard.
   const code = make("pre", { tabindex: "0", role: "region", "aria-label": `Code${name ? `, ${name}` : ""}` });
-  code.append(make("code", {}, text));
+  code.append(make("code", {}, colour(text, name).map(([kind, piece]) => (kind ? make("span", { class: kind }, piece) : piece))));
   return make("div", { class: "code" }, bar, code);
 }
 

@@ -62,7 +62,10 @@ function makeEditor(message, actions, { text, bar, edit }) {
     event.stopPropagation();
   });
   bar.hidden = true;
-  queueMicrotask(() => area.focus());
+  queueMicrotask(() => {
+    area.style.height = `min(50vh, ${area.scrollHeight + 2}px)`;
+    area.focus();
+  });
   return form;
 }
 

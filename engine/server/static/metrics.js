@@ -61,7 +61,8 @@ export class MetricsView {
       if (family.type === "histogram") rows.histogram.push(...summarize(family).map((all) => makeSummaryRow(family, all)));
       else {
         for (const sample of family.samples) {
-          const series = `${sample.name}${makeLabels(sample.labels)}`;
+          if (family.name === "mlcbuild_build_info") continue; // not a number
+          const series = `${sample.name}${JSON.stringify(sample.labels)}`;
           values.set(series, sample.value);
           const isCounter = family.type === "counter";
           const rate = isCounter ? this.#getRate(series, sample.value, time) : null;
@@ -70,14 +71,51 @@ export class MetricsView {
         }
       }
     }
+    this.#showTiles(families, values, time);
     this.#before = { time, values };
     this.#showTable("Now", ["", "Value", `Last ${(KEPT * EVERY) / 60000} minutes`], rows.gauge);
     this.#showTable("Since the start", ["", "Total", "Per second", "Rate"], rows.counter);
     this.#showTable("Distributions", ["", "Count", "Mean", "p50", "p95", "p99"], rows.histogram);
   }
 
+  /** What one wants to know at a glance, of all models together. */
+  #showTiles(families, values, time) {
+    const find = (name) => families.find((family) => family.name === `mlcbuild_${name}`);
+    const sum = (name) => find(name)?.samples.reduce((all, { value }) => all + value, 0);
+    const rate = (name) => {
+      const now = sum(name);
+      values.set(`sum ${name}`, now);
+      return now === undefined ? undefined : (this.#getRate(`sum ${name}`, now, time) ?? 0);
+    };
+    const spread = (name) => {
+      const [found] = find(name) ? summarize(find(name)) : [];
+      return found?.count ? [found.p50, `p95 ${format(found.p95, "_seconds")}`] : [undefined, ""];
+    };
+    const [first, firstMore] = spread("time_to_first_token_seconds");
+    const [between, betweenMore] = spread("inter_token_latency_seconds");
+    const queries = sum("prefix_cache_queries_total");
+    const waiting = sum("requests_waiting");
+    const tiles = [
+      ["Written", rate("generation_tokens_total"), "", "tokens/s"],
+      ["Read", rate("prompt_tokens_total"), "", "tokens/s"],
+      ["Running", sum("requests_running"), "", waiting === undefined ? "" : `${waiting} waiting`],
+      ["Answered", sum("requests_total"), "", `${sum("requests_rejected_total") ?? 0} refused`],
+      ["KV cache in use", sum("kv_cache_usage_ratio"), "_ratio", ""],
+      ["Prompts from the cache", queries ? sum("prefix_cache_hits_total") / queries : undefined, "_ratio", "of their tokens"],
+      ["First token, p50", first, "_seconds", firstMore],
+      ["Between tokens, p50", between, "_seconds", betweenMore],
+    ];
+    if (!this.#tables.size) this.#element.replaceChildren(make("ul", { class: "tiles", "aria-label": "At a glance" }));
+    const shown = tiles.filter(([, value]) => value !== undefined);
+    this.#element.querySelector(".tiles").replaceChildren(...shown.map(([name, value, unit, more]) => {
+      const curve = makeCurve(this.#keep(`tile ${name}`, value));
+      curve.setAttribute("preserveAspectRatio", "none");
+      const parts = [["name", name], ["value", format(value, unit)], ["more", more]];
+      return make("li", { class: "tile" }, parts.map(([kind, text]) => make("span", { class: kind }, text)), curve);
+    }));
+  }
+
   #showTable(title, heads, rows) {
-    if (!this.#tables.size) this.#element.replaceChildren();
     if (!this.#tables.has(title)) {
       this.#tables.set(title, makeTable(title, heads));
       this.#element.append(this.#tables.get(title));
@@ -106,12 +144,13 @@ function makeTable(title, heads) {
 }
 
 function makeName(family, labels) {
-  const name = family.name.replace(/^mlcbuild_/, "").replace(/_(total|seconds)$/, "").replaceAll("_", " ");
+  const name = family.name.replace(/^mlcbuild_/, "").replace(/_(total|seconds|ratio)$/, "").replaceAll("_", " ");
   const parts = [`${name} `, make("small", {}, makeLabels(labels))];
   return make("th", { scope: "row", title: `${family.name}: ${family.help}` }, parts);
 }
 
-function makeLabels(labels) {
+/** Without the model's name, which the head of the page shows. */
+function makeLabels({ model_name: _, ...labels }) {
   return Object.entries(labels).map(([name, value]) => `${name}=${value}`).join(" ");
 }
 

@@ -3,7 +3,7 @@
 const CHAT = "mlcbuild.chat.";
 const SETTINGS = "mlcbuild.settings";
 const KEY = "mlcbuild.key";
-const DEFAULTS = { system: "", temperature: "", top_p: "", top_k: "", max_tokens: "", seed: "", tools: "", theme: "", model: "" };
+const DEFAULTS = { system: "", temperature: "", top_p: "", top_k: "", min_p: "", effort: "", max_tokens: "", seed: "", tools: "", theme: "", model: "" };
 
 export function loadSettings() {
   const saved = read("localStorage", SETTINGS) ?? {};
