@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent.parent
 LIMITS = Limits(context_window=64, prefill_chunk=48, max_batch=4)
 
 
-def be_quiet(text: str, fraction: float | None = None) -> None:
+def be_quiet(text: str, fraction: float | None = None, size: int | None = None) -> None:
     pass
 
 
