@@ -57,13 +57,14 @@ class CacheFile:
 
     def save(self, tensors: Mapping[str, NDArray[Any]]) -> None:
         """Replace the file at once or not at all. A disk that is full costs the file only: it is logged."""
+        tensors = {name: np.ascontiguousarray(array) for name, array in tensors.items()}  # or they are saved transposed
         metadata = {"format": FORMAT, "owner": self.owner, "sha256": _digest(tensors)}
         handle, name = -1, ""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")  # with mode 0600
             os.close(handle)
-            save_file(dict(tensors), name, metadata)
+            save_file(tensors, name, metadata)
             os.chmod(name, 0o600)
             os.replace(name, self.path)
         except (OSError, SafetensorError) as error:

@@ -64,7 +64,8 @@ class FakeExecutor:
 
     def read_pages(self, pages: Sequence[int]) -> NDArray[np.int32]:
         """Tokens and positions: [2, len(pages), page_size]."""
-        return np.stack([self._tokens[list(pages)], self._positions[list(pages)]])
+        held = np.stack([self._tokens[list(pages)], self._positions[list(pages)]])
+        return np.asfortranarray(held)  # in memory as it likes, as a real one's
 
     def write_pages(self, pages: Sequence[int], held: NDArray[np.int32]) -> None:
         """The counterpart of read_pages."""
