@@ -20,7 +20,7 @@ from mlcbuild.compiler.kernels.quantize_rows import GROUP, MAX_BLOCK, block_rows
 from mlcbuild.compiler.kernels.tir import F32, I32, Accumulator, Expr, f32, fma, put, spread, vec
 from mlcbuild.quantization.layouts.int8_16x64 import BLOCK_BYTES
 
-AHEAD = 2304  # bytes of weights asked for in advance by the many-row path, too busy for the hardware prefetcher
+AHEAD = 12  # blocks of weights asked for in advance by the many-row path, too busy for the hardware prefetcher
 
 
 def make_linear(out_features: int, in_features: int, *, bias: bool, residual: bool) -> tirx.PrimFunc:
@@ -110,12 +110,15 @@ def _many_rows(
         with T.serial(rows * pair * 2) as i:
             put(sums, i * 16, f32(0))
         with T.serial(blocks) as block:
+            # behind the end of a tile lies its neighbour, which this thread has read beside it: skip it
+            skipped = T.Select(block + AHEAD >= blocks, (pair - 1) * blocks, 0)
+            ahead = T.bind((AHEAD + skipped) * BLOCK_BYTES)
             for g in range(2):
                 weights = []
                 for r in range(pair):
                     tile = t * pair + r
                     for line in range(5 - g):
-                        tir.prefetch(T.address_of(w[tile, block, AHEAD + g * 320 + line * 64]))
+                        tir.prefetch(T.address_of(w[tile, block, ahead + (g * 320 + line * 64)]))
                     weights.append((T.bind(_scale(w, tile, block, g)), _unpack(w, tile, block, g)))
                 first = T.bind((block_of_rows * (2 * blocks) + block * 2 + g) * rows)
                 with T.serial(rows // 2) as two:
