@@ -86,7 +86,7 @@ def load_peers(names: str, config: Mapping[str, Any], stack: ExitStack) -> dict[
 
 
 def make_roofline(executor: TvmExecutor, package: Package) -> Roofline:
-    """Kernels for this target that read all weights, or multiply: int8 where the matmuls do, else float32."""
+    """Kernels for this target that read all weights, or multiply: int8 with VNNI, else float32."""
     import numpy as np
     import tvm
 
@@ -99,11 +99,11 @@ def make_roofline(executor: TvmExecutor, package: Package) -> Roofline:
     from mlcbuild.recipes.schema import Target
 
     library, cores = package.manifest.library, count_cores()
-    dtype = "int8" if library.layout == "x86-vnni-16x64" else "float32"
+    where = Target.model_validate(package.manifest.recipes["target"])
+    dtype = "int8" if library.layout == "int8-16x64" and "avx512_vnni" in where.requires else "float32"
     kernels = {"read": make_read(cores), "peak": make_peak(cores, dtype)}
-    where = make_tvm_target(Target.model_validate(package.manifest.recipes["target"]))
     named = {name: kernel.with_attr("global_symbol", name) for name, kernel in kernels.items()}
-    module = tvm.compile(tvm.IRModule(named), where)
+    module = tvm.compile(tvm.IRModule(named), make_tvm_target(where))
     sums = tvm.runtime.from_dlpack(make_aligned((cores, 16), np.dtype("int32")))
     peaks = make_aligned((cores, 16), np.dtype("int32" if dtype == "int8" else dtype))
     totals = tvm.runtime.from_dlpack(peaks)
