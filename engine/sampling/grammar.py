@@ -228,6 +228,35 @@ def make_ebnf_grammar(text: str, *, param: str) -> str:
         raise _refuse(str(error), param) from error
 
 
+def make_tags_grammar(
+    tags: Sequence[tuple[str, Mapping[str, Any], str]], triggers: Sequence[str], *, param: str
+) -> str:
+    """Free text in which each of `triggers` begins a tag: (begin, schema of what is in it, end), as often as it likes.
+
+    The `begin` of a tag starts with one of the triggers. Raises InvalidRequest.
+    """
+    if not tags or not all(triggers):
+        raise _refuse("structural tags need at least one structure, and triggers that are not empty", param)
+    _check_size("".join([*triggers, *(begin + end for begin, _, end in tags)]), param)
+    bodies: dict[str, list[str]] = {trigger: [] for trigger in triggers}
+    rules = []
+    for index, (begin, schema, end) in enumerate(tags):
+        trigger = max((text for text in bodies if begin.startswith(text)), key=len, default=None)
+        if trigger is None:
+            raise _refuse(f"no trigger is the beginning of the structure {begin!r}", param)
+        rest = (json.dumps(text) if text else "" for text in (begin.removeprefix(trigger), end))
+        bodies[trigger].append(f" schema_{index} ".join(rest))
+        rules.append(f"schema_{index}: {make_json_rule(schema, param=param)}")
+    used = {trigger: options for trigger, options in bodies.items() if options}
+    if len(used) < len(bodies):
+        raise _refuse("a trigger is the beginning of no structure", param)
+    for index, (trigger, options) in enumerate(used.items()):
+        rules.append(f"head_{index}[lazy]: TEXT {json.dumps(trigger)}")
+        rules.append(f"tag_{index}: head_{index} ({' | '.join(options)})")
+    any_tag = " | ".join(f"tag_{index}" for index in range(len(used)))
+    return "\n".join([f"start: ({any_tag})* tail", "tail: TEXT", "TEXT: /(.|\\n)*/", *rules])
+
+
 def add_alternative(grammar: str, other: str) -> str:
     """Either of two grammars, the first of which is Lark that begins with `start: reply`."""
     body = json.loads(other)["grammars"] if other.startswith("{") else [{"lark_grammar": other}]

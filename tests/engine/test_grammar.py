@@ -26,6 +26,7 @@ from engine.sampling.grammar import (
     make_json_grammar,
     make_json_rule,
     make_regex_grammar,
+    make_tags_grammar,
 )
 from engine.text.tokenizer import load_tokenizer
 
@@ -129,6 +130,54 @@ def test_ebnf(text: str) -> None:
         while (shorter := re.sub(r"\((\d)\)", r"\1", reply)) != reply:
             reply = shorter
         assert re.fullmatch(r"a\d+\.", reply)
+
+
+TAGS = [("<f=one>", PERSON, "</f>"), ("<f=two>", {"type": "integer"}, "</f>"), ("[[", {"enum": ["x"]}, "")]
+
+
+def test_structural_tags() -> None:
+    """The model writes freely, a trigger at last; from there on it is held to one of the structures, and then free."""
+    opening = list(b"say <f and [ and <f=")
+
+    def model(history: np.ndarray) -> np.ndarray:
+        said = len(history) - len(b"prompt 0")
+        logits = restless(history)
+        if said < len(opening):
+            logits[opening[said]] = 90
+        return logits
+
+    grammar = COMPILER.compile(make_tags_grammar(TAGS, ["<f=", "[["], param="x"))
+    names, engine = set(), make_engine(LIMITS, model)
+    for seed in range(8):
+        engine.add(make_request(f"r{seed}", f"prompt {seed}", grammar=grammar, seed=seed, max_tokens=900))
+    for output in run_all(engine).values():
+        text = output.text
+        assert text.startswith("say <f and [ and <f=")
+        while (found := re.search(r"<f=|\[\[", text)) is not None:
+            text = text[found.start() :]
+            begin, schema, end = next(tag for tag in TAGS if text.startswith(tag[0]))
+            value, length = json.JSONDecoder().raw_decode(text[len(begin) :])
+            jsonschema.validate(value, schema)
+            text = text[len(begin) + length :]
+            assert text.startswith(end)
+            names.add(begin)
+            text = text[len(end) :]
+    assert {"<f=one>", "<f=two>"} <= names
+
+
+@pytest.mark.parametrize(
+    ("tags", "triggers", "text"),
+    [
+        ([], ["<"], "need at least one structure"),
+        (TAGS, ["<f=", "[[", ""], "triggers that are not empty"),
+        (TAGS, ["<f="], "no trigger is the beginning of the structure '[['"),
+        (TAGS, ["<f=", "[[", "(("], "a trigger is the beginning of no structure"),
+        ([("<", {"not": {}}, "")], ["<"], "Unimplemented keys"),
+    ],
+)
+def test_structural_tags_that_mean_nothing(tags: list, triggers: list, text: str) -> None:
+    with pytest.raises(InvalidRequest, match=re.escape(text)):
+        COMPILER.compile(make_tags_grammar(tags, triggers, param="x"), param="x")
 
 
 def test_a_complete_reply_ends_without_an_end_token() -> None:

@@ -58,6 +58,8 @@ def test_json_object(client: openai.OpenAI) -> None:
     assert json.loads(ask(client, 'say {"a": [1]}', response_format={"type": "json_object"})) == {"a": [1]}
 
 
+TAG = {"triggers": ["You"], "structures": [{"begin": "You", "schema": {"const": 7}, "end": "!"}]}
+UNSAID = {"begin": "You1", "schema": {"const": 7}, "end": "!"}
 FORMS = [
     ({"structured_outputs": {"json": CITY}}, None),
     ({"structured_outputs": {"json": json.dumps(CITY)}}, None),
@@ -70,6 +72,9 @@ FORMS = [
     ({"guided_grammar": 'start: "x" /[0-9]/'}, "x[0-9]"),
     ({"json_schema": CITY}, None),
     ({"grammar": 'root ::= "x" [0-9]'}, "x[0-9]"),
+    ({"response_format": {"type": "structural_tag", **TAG}}, "You7!(.|\n)*"),
+    ({"structured_outputs": {"structural_tag": json.dumps(TAG)}}, "You7!(.|\n)*"),
+    ({"response_format": {"type": "structural_tag", "triggers": ["You1"], "structures": [UNSAID]}}, "You said: hi"),
 ]
 
 
@@ -103,7 +108,9 @@ REFUSED = [
     ({"response_format": {"type": "json_schema"}}, "response_format", "invalid_value", "needs the field 'json_schema'"),
     ({"response_format": {"type": "xml"}}, "response_format.type", "invalid_value", "'json_schema'"),
     ({"response_format": "json"}, "response_format", "invalid_value", ""),
-    ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs.structural_tag", "invalid_value", "extra"),
+    ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs", None, "it needs 'structures' (begin"),
+    ({"structured_outputs": {"wish": "{}"}}, "structured_outputs.wish", "invalid_value", "extra"),
+    ({"response_format": {"type": "structural_tag"}}, "response_format", "invalid_value", "needs 'structures' and"),
     ({"structured_outputs": {"regex": "("}}, "structured_outputs", "invalid_grammar", "regex"),
     ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs", None, "both say what"),
     ({"guided_choice": ["a"], "guided_regex": "a"}, "guided_choice", None, "both say what"),

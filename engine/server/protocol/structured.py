@@ -10,8 +10,15 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from engine.errors import InvalidRequest
-from engine.sampling.grammar import make_choice_grammar, make_ebnf_grammar, make_json_grammar, make_regex_grammar
+from engine.sampling.grammar import (
+    make_choice_grammar,
+    make_ebnf_grammar,
+    make_json_grammar,
+    make_regex_grammar,
+    make_tags_grammar,
+)
 
+MAX_STRUCTURES = 128
 STRICT = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
 
@@ -25,17 +32,38 @@ class JsonSchema(BaseModel):
     strict: bool | None = None
 
 
-class ResponseFormat(BaseModel):
-    """OpenAI's response_format."""
+class Structure(BaseModel):
+    """One of the tags of StructuralTag: `begin`, a value that fits `schema`, `end`."""
 
     model_config = STRICT
-    type: Literal["text", "json_object", "json_schema"]
+    begin: str
+    schema_: dict[str, Any] = Field(alias="schema")
+    end: str
+
+
+class StructuralTag(BaseModel):
+    """Free text in which each of `triggers` begins one of the structures, as vLLM and SGLang have it."""
+
+    model_config = STRICT
+    structures: list[Structure] = Field(min_length=1, max_length=MAX_STRUCTURES)
+    triggers: list[str] = Field(min_length=1, max_length=MAX_STRUCTURES)
+
+
+class ResponseFormat(BaseModel):
+    """OpenAI's response_format, and structural tags."""
+
+    model_config = STRICT
+    type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: JsonSchema | None = None
+    structures: list[Structure] | None = Field(default=None, min_length=1, max_length=MAX_STRUCTURES)
+    triggers: list[str] | None = Field(default=None, min_length=1, max_length=MAX_STRUCTURES)
 
     @model_validator(mode="after")
     def _check_schema(self) -> ResponseFormat:
         if self.type == "json_schema" and self.json_schema is None:
             raise PydanticCustomError("missing_content", "type json_schema needs the field 'json_schema'")
+        if self.type == "structural_tag" and not (self.structures and self.triggers):
+            raise PydanticCustomError("missing_content", "type structural_tag needs 'structures' and 'triggers'")
         return self
 
 
@@ -48,6 +76,7 @@ class StructuredOutputs(BaseModel):
     regex: str | None = None
     choice: list[str] | None = None
     grammar: str | None = None
+    structural_tag: str | None = None  # the text of a JSON object
 
 
 class StructuredFields(Protocol):
@@ -88,6 +117,8 @@ def make_output_grammar(fields: StructuredFields) -> tuple[str, str] | None:
 def _list_format(wanted: ResponseFormat | None) -> list[tuple[str, Callable[..., str], Any]]:
     if wanted is None or wanted.type == "text":
         return []
+    if wanted.type == "structural_tag":
+        return [("response_format", _make_tags, wanted)]
     schema = wanted.json_schema.schema_ if wanted.json_schema and wanted.type == "json_schema" else None
     return [("response_format", make_json_grammar, schema)]
 
@@ -100,11 +131,23 @@ def _list_outputs(wanted: StructuredOutputs | None) -> list[tuple[str, Callable[
         (wanted.regex, make_regex_grammar),
         (wanted.choice, make_choice_grammar),
         (wanted.grammar, make_ebnf_grammar),
+        (wanted.structural_tag, _make_tags),
     ]
     wishes: list[tuple[str, Callable[..., str], Any]] = [
         ("structured_outputs", make, value) for value, make in makers if value is not None
     ]
     return [*wishes, ("structured_outputs", make_json_grammar, None)] if wanted.json_object else wishes
+
+
+def _make_tags(value: ResponseFormat | str, *, param: str) -> str:
+    """vLLM takes structural tags as text, too."""
+    try:
+        tag = StructuralTag.model_validate_json(value) if isinstance(value, str) else value
+    except ValueError as error:
+        reason = "it needs 'structures' (begin, schema, end) and 'triggers'"
+        raise InvalidRequest(f"structural_tag cannot be read: {reason}", param=param) from error
+    tags = [(one.begin, one.schema_, one.end) for one in tag.structures or ()]
+    return make_tags_grammar(tags, tag.triggers or (), param=param)
 
 
 def _make_json(schema: Any, *, param: str) -> str:
