@@ -3,6 +3,9 @@
 A client sends a key as OpenAI's clients do (`Authorization: Bearer KEY`), as Anthropic's do (`x-api-key: KEY`), or as a
 browser does that asked its user for a password (`Authorization: Basic`, any name). Where keys are set, every route but
 /health wants one, those that do not exist included: no table of routes can be forgotten.
+
+Where none are, only this machine can connect; but a web page from elsewhere can have its own name lead here (DNS
+rebinding), and the browser then takes us for that page's server. So a request must call us by a name of this machine.
 """
 
 from __future__ import annotations
@@ -56,18 +59,21 @@ def is_loopback(host: str) -> bool:
 
 
 class KeyCheck:
-    """ASGI middleware that lets nobody pass without one of `keys`. With no keys it lets everybody pass."""
+    """ASGI middleware that lets nobody pass without one of `keys`; with no keys, everybody who means this machine."""
 
     def __init__(self, app: ASGIApp, keys: Iterable[str]) -> None:
         self._app = app
         self._digests = tuple(_digest(key) for key in keys)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer 401, or hand on."""
-        if scope["type"] != "http" or not self._digests or scope["path"] in OPEN_PATHS:
+        """Answer 401 or 403, or hand on."""
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
+        if not self._digests:
+            await (self._app if is_own_name(headers.get("host", "localhost")) else refuse_name)(scope, receive, send)
+            return
         if self._knows(get_keys(headers)):
             await self._app(scope, receive, send)
             return
@@ -85,6 +91,18 @@ class KeyCheck:
             for mine in self._digests:
                 known |= hmac.compare_digest(digest, mine)
         return known
+
+
+def is_own_name(host: str) -> bool:
+    """Whether a Host header, with its port or without, means this machine."""
+    name = host.rsplit(":", 1)[0] if host.rpartition(":")[2].isdigit() else host
+    return is_loopback(name.strip("[]")) or name.endswith(".localhost")
+
+
+async def refuse_name(scope: Scope, receive: Receive, send: Send) -> None:
+    """The answer to a request that calls this machine by a name from elsewhere."""
+    text = "this server has no API key, so it answers only to localhost; to call it by another name, set a key"
+    await make_answer(scope, 403, text, kind="permission_error", code="host_not_allowed")(scope, receive, send)
 
 
 def get_keys(headers: Headers) -> list[str]:

@@ -27,7 +27,7 @@ ROUTES = {
     "msg": "/v1/messages",
     "resp": "/v1/responses",
 }
-REASONS = {400: "invalid", 401: "unauthorized", 404: "not_found", 408: "slow_body", 413: "too_large"}
+REASONS = {400: "invalid", 401: "unauthorized", 403: "forbidden", 404: "not_found", 408: "slow_body", 413: "too_large"}
 REASONS |= {429: "overloaded", 503: "unavailable"}
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)

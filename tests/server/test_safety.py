@@ -21,6 +21,7 @@ from engine.server.settings import ServerSettings
 KEYS = ("first-key-1234", "second-key-5678")
 HI = {"model": "fake", "messages": [{"role": "user", "content": "hi"}]}
 PATH = "/v1/chat/completions"
+LOCAL = "http://localhost"
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +133,23 @@ def test_other_machines_need_a_key() -> None:
         )
 
 
+HOSTS = [("localhost", 200), ("127.0.0.1:8000", 200), ("[::1]:80", 200), ("a.localhost", 200), ("127.9.9.9", 200)]
+HOSTS += [("evil.example", 403), ("evil.example:8000", 403), ("localhost.evil.example", 403), ("10.0.0.1", 403)]
+
+
+@pytest.mark.parametrize(("host", "status"), HOSTS)
+def test_names_from_elsewhere(http: httpx.Client, locked: Running, host: str, status: int) -> None:
+    """A page that has its own name lead to this machine gets nothing, unless it has a key."""
+    for path in ("/v1/models", "/", "/metrics"):
+        answer = http.get(path, headers={"host": host})
+        assert answer.status_code == status
+        if status == 403:
+            assert answer.json()["error"]["code"] == "host_not_allowed"
+    assert http.get("/health", headers={"host": host}).status_code == 200
+    headers = {"host": host, "authorization": f"Bearer {KEYS[0]}"}
+    assert httpx.get(f"{locked.url}/v1/models", headers=headers).status_code == 200
+
+
 def test_pages_of_other_origins(locked: Running, server: Running) -> None:
     def ask(running: Running, origin: str) -> httpx.Response:
         headers = {"Origin": origin, "Access-Control-Request-Method": "POST"}
@@ -225,7 +243,7 @@ def test_the_page(tmp_path: Path) -> None:
     (tmp_path / "parts" / "chat.js").write_text("let x")
     (tmp_path / "secret.py").write_text("no")
     (tmp_path / "link.txt").symlink_to(__file__)
-    with run_fake_server() as running, TestClient(make_app(running.model, static=tmp_path)) as http:
+    with run_fake_server() as running, TestClient(make_app(running.model, static=tmp_path), LOCAL) as http:
         page, script = http.get("/"), http.get("/parts/chat.js")
         assert (page.status_code, page.text, page.headers["content-type"]) == (200, "<p>hi", "text/html; charset=utf-8")
         assert (script.text, script.headers["content-type"]) == ("let x", "text/javascript; charset=utf-8")
@@ -244,5 +262,5 @@ def test_the_page(tmp_path: Path) -> None:
             "/index.html",
         ):
             assert http.get(path).status_code == 404
-    with run_fake_server() as running, TestClient(make_app(running.model, static=tmp_path / "no")) as http:
+    with run_fake_server() as running, TestClient(make_app(running.model, static=tmp_path / "no"), LOCAL) as http:
         assert http.get("/").status_code == 404

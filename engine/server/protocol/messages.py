@@ -25,6 +25,7 @@ THOUGHTS = {"type": "thinking", "thinking": "", "signature": SIGNATURE}
 KINDS = {
     400: "invalid_request_error",
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     413: "request_too_large",
     429: "rate_limit_error",
