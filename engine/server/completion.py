@@ -18,6 +18,7 @@ from engine.server.protocol.chat import (
     ContentLogprob,
     LikelyToken,
     Logprobs,
+    PromptLogprob,
     PromptTokensDetails,
     ReplyMessage,
     Timings,
@@ -74,6 +75,23 @@ def make_logprobs(logprobs: Sequence[TokenLogprob]) -> Logprobs:
     return Logprobs(content=content, refusal=None)
 
 
+def make_prompt_logprobs(logprobs: Sequence[TokenLogprob]) -> list[dict[str, PromptLogprob] | None]:
+    """For each token of a prompt, by id, its log probability and the likeliest ones; the first token has none."""
+    found: list[dict[str, PromptLogprob] | None] = [None]
+    for chosen in logprobs:
+        ranks = {other.token: rank for rank, other in enumerate(chosen.top, 1)}
+        tokens = {token.token: token for token in (chosen, *chosen.top)}
+        found.append(
+            {
+                str(token): PromptLogprob(
+                    logprob=max(one.logprob, LEAST_LOGPROB), rank=ranks.get(token), decoded_token=one.text
+                )
+                for token, one in tokens.items()
+            }
+        )
+    return found
+
+
 def _make_token(logprob: TokenLogprob) -> dict[str, Any]:
     return {"token": logprob.text, "logprob": max(logprob.logprob, LEAST_LOGPROB), "bytes": list(logprob.data)}
 
@@ -114,6 +132,7 @@ def make_completion(
         choices=choices,
         usage=make_usage(usage, sum(reader.count_thoughts() for reader in readers)),
         timings=make_timings(usage) if body.timings else None,
+        prompt_logprobs=None if body.prompt_logprobs is None else make_prompt_logprobs(outputs[0].prompt_logprobs),
     )
 
 

@@ -19,7 +19,7 @@ from engine.text.reasoning import Thinking, add_thinking, find_thinking
 PROMPT_END = 16  # tokens at the end of the prompt that say whether it opens the reply's thoughts
 SAME = (  # fields of the body that are fields of SamplingParams
     *("temperature", "top_p", "top_k", "min_p", "typical_p", "logit_bias", "seed", "max_tokens", "ignore_eos"),
-    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+    *("prompt_logprobs", "repetition_penalty", "presence_penalty", "frequency_penalty"),
 )
 
 

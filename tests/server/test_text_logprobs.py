@@ -69,3 +69,39 @@ def test_tokens_that_are_part_of_a_character() -> None:
     assert all(name.startswith("bytes:\\x") for name in found.tokens[:-1])
     assert "".join(found.tokens[:-1]).replace("bytes:", "") == "\\xf0\\x9f\\x98\\x80"
     assert found.text_offset == [0] * len(tokens) + [1]
+
+
+def test_prompt_logprobs(client: openai.OpenAI) -> None:
+    """vLLM's form, for texts and conversations: what echo says of the same prompt, by token id."""
+    tokens = TOKENIZER.encode(PROMPT)
+    echoed = complete(client, logprobs=2, echo=True, max_tokens=1).choices[0].logprobs
+    scored = {"prompt_logprobs": 2}
+    text = complete(client, max_tokens=1, extra_body=scored).choices[0].prompt_logprobs
+    messages = [{"role": "user", "content": "hi"}]
+    answer = client.chat.completions.create(model="fake", messages=messages, n=2, extra_body=scored)
+    for found in (text, answer.prompt_logprobs):
+        assert len(found) == len(tokens)
+        assert found[0] is None
+        for token, entry, logprob in zip(tokens[1:], found[1:], echoed.token_logprobs[1 : len(tokens)], strict=True):
+            assert entry[str(token)]["logprob"] == pytest.approx(logprob)
+            assert entry[str(token)]["decoded_token"] == TOKENIZER.decode([token], skip_special_tokens=False)
+            assert {1, 2} <= {one["rank"] for one in entry.values()}
+    bare = complete(client, max_tokens=1, extra_body={"prompt_logprobs": 0}).choices[0].prompt_logprobs
+    assert [list(entry) for entry in bare[1:]] == [[str(token)] for token in tokens[1:]]
+    assert not hasattr(complete(client, max_tokens=1).choices[0], "prompt_logprobs")
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs does not go with stream=true"),
+        ({"prompt_logprobs": 1, "echo": True, "logprobs": 1}, "does not go with echo and logprobs"),
+        ({"prompt_logprobs": 21}, "invalid value for 'prompt_logprobs'"),
+        ({"prompt_logprobs": -1}, "invalid value for 'prompt_logprobs'"),
+    ],
+)
+def test_prompt_logprobs_that_are_refused(client: openai.OpenAI, fields: dict, text: str) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        complete(client, extra_body=fields)
+    assert text in caught.value.body["message"]  # type: ignore[index]
+    assert caught.value.param == "prompt_logprobs"

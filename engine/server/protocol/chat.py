@@ -36,7 +36,6 @@ MAX_CHOICES = 16
 # Known fields that ask for what this server cannot do, with the values that ask for nothing.
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "best_of": (1,),
-    "prompt_logprobs": (0,),
     "functions": ([],),
     "function_call": ("auto", "none"),
     "chat_template": (),
@@ -180,6 +179,7 @@ class ChatRequest(BaseModel):
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)  # as vLLM's
     tools: list[Tool] | None = Field(default=None, max_length=MAX_TOOLS)
     tool_choice: Any = None  # "auto", "none", "required" or a function: see make_tool_choice
     parallel_tool_calls: bool | None = None
@@ -209,6 +209,13 @@ class ChatRequest(BaseModel):
     def _check_stream_options(cls, value: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:
         if value is not None and not info.data.get("stream"):
             raise PydanticCustomError("invalid_value", "stream_options goes only with stream=true")
+        return value
+
+    @field_validator("prompt_logprobs")
+    @classmethod
+    def _check_prompt_logprobs(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and info.data.get("stream"):
+            raise PydanticCustomError("invalid_value", "prompt_logprobs does not go with stream=true")
         return value
 
     def get_unsupported(self) -> str | None:
@@ -281,6 +288,14 @@ class LikelyToken(BaseModel):
     bytes: list[int]
 
 
+class PromptLogprob(BaseModel):
+    """A token in the place of one of the prompt's, as vLLM has it; `rank` (1 = likeliest) where it is known."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
 class ContentLogprob(LikelyToken):
     """One token of the reply, and the likeliest ones in its place."""
 
@@ -313,11 +328,13 @@ class ChatCompletion(BaseModel):
     choices: list[Choice]
     usage: Usage
     timings: Timings | None = None
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = None
 
     @model_serializer(mode="wrap")
     def _leave_out(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         value: dict[str, Any] = write(self)
-        return {key: found for key, found in value.items() if found is not None or key != "timings"}
+        extra = ("timings", "prompt_logprobs")
+        return {key: found for key, found in value.items() if found is not None or key not in extra}
 
 
 class Delta(BaseModel):

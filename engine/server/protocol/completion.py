@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from engine.request import MAX_LOGPROBS
-from engine.server.protocol.chat import UNSUPPORTED, ChatRequest, Message, Timings, Usage
+from engine.server.protocol.chat import UNSUPPORTED, ChatRequest, Message, PromptLogprob, Timings, Usage
 from engine.server.protocol.tools import Tool
 
 MAX_PROMPTS = 128
@@ -18,7 +18,6 @@ HARMLESS: Mapping[str, tuple[Any, ...]] = {
     **UNSUPPORTED,
     "best_of": (1,),
     "top_logprobs": (0,),
-    "prompt_logprobs": (0,),
     "suffix": ("",),
     "tool_choice": ("auto", "none"),
     "parallel_tool_calls": (True,),
@@ -74,6 +73,7 @@ class TextChoice(BaseModel):
     index: int
     text: str
     logprobs: TextLogprobs | None = None
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = None
     finish_reason: Literal["stop", "length"] | None
 
 

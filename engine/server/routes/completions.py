@@ -19,7 +19,7 @@ from engine.core import Output, SamplingParams
 from engine.errors import InvalidRequest
 from engine.model import LoadedModel
 from engine.reply import AsyncReply
-from engine.server.completion import find_error, get_failure, make_timings, make_usage
+from engine.server.completion import find_error, get_failure, make_prompt_logprobs, make_timings, make_usage
 from engine.server.limits import check_prompt_length
 from engine.server.protocol.chat import Usage
 from engine.server.protocol.completion import (
@@ -66,7 +66,12 @@ async def create_completion(
     params = await asyncio.to_thread(make_params, body, model)
     if params.max_tokens is None:
         params = replace(params, max_tokens=DEFAULT_MAX_TOKENS)
-    params = replace(params, logprobs=body.logprobs, prompt_logprobs=body.logprobs if body.echo else None)
+    params = replace(params, logprobs=body.logprobs)
+    if body.echo and body.logprobs is not None:
+        if body.prompt_logprobs is not None:
+            text = "prompt_logprobs does not go with echo and logprobs, which say the same"
+            raise InvalidRequest(text, hint="leave it out", param="prompt_logprobs")
+        params = replace(params, prompt_logprobs=body.logprobs)
     writers = make_writers(body, tokens, model)
     replies = start(tokens, params, model, head.id, body)
     if body.stream:
@@ -76,7 +81,7 @@ async def create_completion(
     if outputs is None:
         return Response(status_code=CLIENT_LEFT)
     choices = [
-        make_choice(i, echo + output.text, output, writers)
+        make_choice(i, echo + output.text, output, writers, scored=body.prompt_logprobs is not None)
         for i, (echo, output) in enumerate(zip(echoes, outputs, strict=True))
     ]
     timings = {"timings": make_timings(outputs[0].usage)} if len(outputs) == 1 and body.timings else {}
@@ -205,11 +210,14 @@ def make_writers(body: CompletionRequest, tokens: Sequence[list[int]], model: Lo
     return [LogprobWriter(table, prompt if body.echo else ()) for prompt in tokens]
 
 
-def make_choice(index: int, text: str, output: Output, writers: Sequence[LogprobWriter]) -> TextChoice:
-    """A reply, or what an event adds to it."""
+def make_choice(
+    index: int, text: str, output: Output, writers: Sequence[LogprobWriter], *, scored: bool = False
+) -> TextChoice:
+    """A reply, or what an event adds to it. `scored`: with the log probabilities of its prompt."""
     logprobs = writers[index].write(output) if writers else None
+    prompt = {"prompt_logprobs": make_prompt_logprobs(output.prompt_logprobs)} if scored else {}
     return TextChoice.model_validate(
-        {"index": index, "text": text, "logprobs": logprobs, "finish_reason": output.finish_reason}
+        {"index": index, "text": text, "logprobs": logprobs, "finish_reason": output.finish_reason, **prompt}
     )
 
 
