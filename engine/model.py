@@ -86,7 +86,8 @@ def load_model(
 def load_defaults(package: Package) -> SamplingParams:
     """How the model's makers want it sampled: mlc-chat-config.json and what generation_config.json says besides.
 
-    That is top_k, repetition_penalty, and do_sample=false, which means the likeliest token, always.
+    That is top_k, repetition_penalty, and do_sample=false, which means the likeliest token, always. And the stop
+    strings of the model's recipe.
     """
     config = json.loads(package.chat_config.read_text(encoding="utf-8"))
     path = package.generation_config
@@ -97,4 +98,5 @@ def load_defaults(package: Package) -> SamplingParams:
         top_p=float(config.get("top_p", 1.0)),
         top_k=int(generation.get("top_k") or 0),
         repetition_penalty=float(generation.get("repetition_penalty") or 1.0),
+        stop=tuple(package.manifest.recipes["model"]["chat"]["stop"]),
     )

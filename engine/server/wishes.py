@@ -70,7 +70,10 @@ def make_params(body: ChatRequest, model: LoadedModel, prompt: Sequence[int] = (
     Raises InvalidRequest when it does not compile.
     """
     given: dict[str, Any] = {name: value for name in SAME if (value := getattr(body, name)) is not None}
-    given |= {name: tuple(value) for name in ("stop", "stop_token_ids") if (value := getattr(body, name))}
+    if body.stop_token_ids:
+        given["stop_token_ids"] = tuple(body.stop_token_ids)
+    if body.stop:
+        given["stop"] = (*model.defaults.stop, *body.stop)
     if body.logprobs:
         given["logprobs"] = body.top_logprobs or 0
     if body.max_completion_tokens is not None:

@@ -1,4 +1,4 @@
-"""Reasoning: the part of a reply between <think> and </think> (or another tag) that comes before what is meant for the
+"""Reasoning: the part of a reply between <think> and </think> (or other marks) that comes before what is meant for the
 reader.
 """
 
@@ -12,7 +12,10 @@ from engine.text.calls import Piece, escape, get_overlap
 
 @dataclass(frozen=True, slots=True)
 class Thinking:
-    """`tag`: think for <think>. `opened`: the prompt has opened it, so the reply begins inside."""
+    """`tag`: think for <think> and </think>; with brackets of its own, as [THINK], for [THINK] and [/THINK].
+
+    `opened`: the prompt has opened it, so the reply begins inside.
+    """
 
     tag: str
     opened: bool = False
@@ -20,12 +23,12 @@ class Thinking:
     @property
     def begin(self) -> str:
         """What opens it."""
-        return f"<{self.tag}>"
+        return f"<{self.tag}>" if self.tag[:1].isalnum() else self.tag
 
     @property
     def end(self) -> str:
         """What closes it."""
-        return f"</{self.tag}>"
+        return f"{self.begin[0]}/{self.begin[1:]}"
 
     @property
     def marks(self) -> str:
@@ -37,10 +40,10 @@ def find_thinking(tag: str | None, prompt_end: str) -> Thinking | None:
     """How the reply to a prompt that ends so may think; None when the model does not, or its template has ended it."""
     if tag is None:
         return None
-    prompt_end = prompt_end.rstrip()
-    if prompt_end.endswith(f"</{tag}>"):
+    prompt_end, thinking = prompt_end.rstrip(), Thinking(tag)
+    if prompt_end.endswith(thinking.end):
         return None
-    return Thinking(tag, opened=prompt_end.endswith(f"<{tag}>"))
+    return Thinking(tag, opened=prompt_end.endswith(thinking.begin))
 
 
 def add_thinking(grammar: str, thinking: Thinking) -> str:

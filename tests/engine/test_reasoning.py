@@ -85,6 +85,22 @@ def test_what_the_prompt_says() -> None:
     assert find_thinking("think", "<|assistant|>\n") == FREE
     assert find_thinking("think", "<|assistant|>\n<think>\n") == OPENED
     assert find_thinking("think", "<|assistant|>\n<think>\n\n</think>\n\n") is None
+    assert find_thinking("[THINK]", "[/INST][THINK]") == Thinking("[THINK]", opened=True)
+    assert find_thinking("[THINK]", "[THINK][/THINK]") is None
+
+
+@pytest.mark.parametrize("tag", ["think", "[THINK]", "◁think▷", "seed:think"])
+def test_marks_of_other_models(tag: str) -> None:
+    thinking = Thinking(tag)
+    ends = {"think": "</think>", "[THINK]": "[/THINK]", "◁think▷": "◁/think▷", "seed:think": "</seed:think>"}
+    assert thinking.end == ends[tag]
+    text = f"{thinking.begin}Why?{thinking.end}Yes."
+    for at in range(len(text) + 1):
+        assert read(Reading(None, thinking), [text[:at], text[at:]]) == {"reasoning": "Why?", "content": "Yes."}
+    compiled = COMPILER.compile(add_thinking(make_choice_grammar(["yes"], param="p"), thinking))
+    engine = make_talking_engine(f"{thinking.begin}Why?{thinking.end}yes", LIMITS, "@@")
+    engine.add(make_request("r", "hi@@", grammar=compiled, temperature=0))
+    assert run_all(engine)["r"].text == f"{thinking.begin}Why?{thinking.end}yes"
 
 
 GRAMMARS = [

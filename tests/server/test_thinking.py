@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 
 import anthropic
 import httpx
@@ -18,7 +19,7 @@ from engine.server.protocol.messages import CountRequest
 from engine.server.protocol.messages import make_chat as make_chat_of_messages
 from engine.server.protocol.responses import ResponsesRequest
 from engine.server.protocol.responses import make_chat as make_chat_of_responses
-from engine.server.wishes import get_variables
+from engine.server.wishes import get_variables, make_params
 
 CALL = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
 NOW = {"type": "function", "function": {"name": "now"}}
@@ -238,3 +239,15 @@ def test_reasoning_items_of_the_history() -> None:
         {"role": "assistant", "content": "Yes.", "reasoning": "Let me see."},
         {"role": "assistant", "content": None, "reasoning": "Let me see.", "tool_calls": calls},
     ]
+
+
+def test_stop_strings_of_the_recipe_come_first() -> None:
+    fake = load_fake()
+    try:
+        model = replace(fake, defaults=replace(fake.defaults, stop=("<end>",)))
+        body = {"model": "fake", "messages": [{"role": "user", "content": "hi"}]}
+        assert make_params(ChatRequest.model_validate(body), model).stop == ("<end>",)
+        asked = ChatRequest.model_validate({**body, "stop": ["x", "y"]})
+        assert make_params(asked, model).stop == ("<end>", "x", "y")
+    finally:
+        fake.engine.close()

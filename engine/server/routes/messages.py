@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 
-from engine.core import SamplingParams, Usage
+from engine.core import Usage
 from engine.errors import InvalidRequest
 from engine.model import LoadedModel
 from engine.reply import AsyncReply
@@ -55,13 +55,13 @@ async def create_message(body: MessagesRequest, request: Request, model: Model) 
     reply = model.engine.stream(tokens, params, request_id=name, **get_schedule(chat))
     if body.stream:
         blocks = BlockStream(thinks=body.thinks)
-        return EventStream(stream_events(reply, reader, blocks, name, model, params, len(tokens)))
+        return EventStream(stream_events(reply, reader, blocks, name, model, chat.stop or (), len(tokens)))
     outputs = await run_while_connected(request, collect_all([reply]))
     if outputs is None:
         return Response(status_code=CLIENT_LEFT)
     (output,) = outputs
     content = make_content(reader.read(output), thinks=body.thinks)
-    ending = make_ending(reader.get_finish(output), model.engine.tokenizer.decode(output.token_ids), params.stop)
+    ending = make_ending(reader.get_finish(output), model.engine.tokenizer.decode(output.token_ids), chat.stop or ())
     return JSONResponse(make_message(name, model.name, content, ending, output.usage))
 
 
@@ -90,7 +90,7 @@ async def stream_events(
     blocks: BlockStream,
     name: str,
     model: LoadedModel,
-    params: SamplingParams,
+    stops: Sequence[str],
     prompt_tokens: int,
 ) -> AsyncGenerator[bytes, None]:
     """The events of `reply`, which is aborted when this iterator is closed before its end."""
@@ -110,7 +110,7 @@ async def stream_events(
                 yield make_named_event("error", failure)
                 return
             if output.finish_reason is not None:
-                ending = make_ending(reader.get_finish(output), model.engine.tokenizer.decode(sampled), params.stop)
+                ending = make_ending(reader.get_finish(output), model.engine.tokenizer.decode(sampled), stops)
                 for event in blocks.finish():
                     yield event
                 yield make_named_event("message_delta", {"delta": ending, "usage": make_usage(output.usage)})
