@@ -19,6 +19,7 @@ from tvm.s_tir import dlight
 
 from mlcbuild.compiler.passes.attach_metadata import attach_metadata
 from mlcbuild.compiler.passes.check_scheduled import check_scheduled
+from mlcbuild.compiler.passes.order_shapes import order_shapes
 from mlcbuild.compiler.passes.set_bounds import set_bounds
 from mlcbuild.compiler.passes.specialize_low_batch import specialize_low_batch
 from mlcbuild.recipes.schema import Target
@@ -41,7 +42,6 @@ LOWER = (
     "LowerRuntimeBuiltin",
     "ComputePrimValue",
     "VMShapeLower",
-    "AttachGlobalSymbol",
 )
 
 
@@ -68,8 +68,9 @@ def make_pipeline(target: Target, bounds: Mapping[str, int], describe: Callable[
             Stage("ApplyDefaultSchedule", schedule),
             Stage("CheckScheduled", check_scheduled),
         ]
+    order = Stage("OrderShapes", order_shapes)
     metadata = Stage("AttachMetadata", lambda module: attach_metadata(module, describe(module)))
-    return [*stages, *_named(*PLAN), metadata, *_named(*LOWER)]
+    return [*stages, *_named(*PLAN), metadata, *_named(*LOWER), order, *_named("AttachGlobalSymbol")]
 
 
 def run_pipeline(

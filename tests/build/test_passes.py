@@ -19,6 +19,7 @@ from mlcbuild.compiler.gpu import Linear
 from mlcbuild.compiler.memory import estimate_memory
 from mlcbuild.compiler.passes.attach_metadata import attach_metadata
 from mlcbuild.compiler.passes.check_scheduled import check_scheduled, has_thread_binding
+from mlcbuild.compiler.passes.order_shapes import sort_stores
 from mlcbuild.compiler.passes.set_bounds import set_bounds
 from mlcbuild.compiler.passes.specialize_low_batch import BUCKETS, specialize_low_batch
 from mlcbuild.compiler.pipeline import PLAN, make_pipeline, run_pipeline
@@ -98,6 +99,28 @@ def test_library_says_what_describe_returns() -> None:
 def test_attach_metadata_keeps_the_functions() -> None:
     module = attach_metadata(export(Doubler(), 16), "{}")
     assert {name.name_hint for name in module.get_global_vars()} >= {"forward", "_metadata"}
+
+
+SHAPES = """
+@T.prim_func(s_tir=True)
+def {name}(H: T.Buffer((T.int64(4),), "int64")):
+    T.func_attr({{"tirx.is_host_func": True}})
+    {stores}
+"""
+
+
+def make_shapes(name: str, *stores: str) -> tirx.PrimFunc:
+    return tvm.script.from_source(SHAPES.format(name=name, stores="\n    ".join(stores)))
+
+
+def test_stores_of_sizes_are_sorted() -> None:
+    stores = ["H[T.int64(1)] = H[T.int64(0)] * T.int64(8)", "H[T.int64(2)] = H[T.int64(0)] * T.int64(4)"]
+    one, other = make_shapes("shape_func", *stores), make_shapes("shape_func", *reversed(stores))
+    assert one.script() != other.script()
+    assert sort_stores(other, "shape_func").script() == sort_stores(one, "shape_func").script() == one.script()
+    dependent = make_shapes("shape_func1", stores[0], "H[T.int64(2)] = H[T.int64(1)] * T.int64(4)")
+    with pytest.raises(CompileError, match="shape_func1 reads a size that it computes"):
+        sort_stores(dependent, "shape_func1")
 
 
 def test_pipeline_reports_each_stage() -> None:
