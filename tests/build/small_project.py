@@ -128,6 +128,7 @@ def make_project(root: Path) -> Path:
         "tasks/serve.py": SERVE,
         "tasks/build.py": (ROOT / "tasks" / "build.py").read_text("utf-8"),
         "tasks/explain.py": (ROOT / "tasks" / "explain.py").read_text("utf-8"),
+        "tasks/repro.py": (ROOT / "tasks" / "repro.py").read_text("utf-8"),
         "dodo.py": (ROOT / "dodo.py").read_text("utf-8"),
         "pyproject.toml": (ROOT / "pyproject.toml").read_text("utf-8"),
     }
