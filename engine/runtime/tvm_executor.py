@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.artifact import Library, Package, load_weights_index
+from engine.artifact import Library, Package, load_weights_index, rebuild_command
 from engine.core import Batch, Limits
 from engine.errors import PackageInvalid
 from engine.runtime.memory import Budget, get_free_memory, make_library_limits, make_limits
@@ -55,7 +55,15 @@ class TvmExecutor:
                 hint="build one for this machine: doit build target=cpu",
             )
         self._runtime = runtime
-        self._machine = relax.VirtualMachine(runtime.load_module(str(package.library_path)), runtime.device("cpu", 0))
+        try:
+            module = runtime.load_module(str(package.library_path))
+        except RuntimeError as error:
+            what = str(error).rpartition(": ")[2].strip() or "no reason is given"
+            raise PackageInvalid(
+                f"{package.root}: {package.library_path.name} cannot be loaded: {what}",
+                hint=f"rebuild the package: {rebuild_command(package.root, {'variant': package.manifest.variant})}",
+            ) from None
+        self._machine = relax.VirtualMachine(module, runtime.device("cpu", 0))
         self._check_library(package, library)
         names = ["embed", "batch_prefill", "batch_decode", *(name for name in [HIDDEN] if name in library.functions)]
         self._functions = {name: self._machine[name] for name in names}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import threading
 import time
 
+import fake_models
 import httpx
 import pytest
 from fake_models import LIMITS
@@ -20,9 +22,8 @@ def is_idle(server: Running) -> bool:
     return stats.running + stats.waiting == 0 and stats.free_pages == LIMITS.num_pages
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_leaving_in_the_middle(server: Running, stream: bool) -> None:
-    """As a program does that is killed: the connection is closed, without a word."""
+def send(server: Running, stream: bool) -> socket.socket:
+    """A request as a program sends it that may then be killed."""
     with httpx.Client(base_url=server.url) as http:
         request = http.build_request("POST", PATH, json={**SLOW, "stream": stream})
     head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\n" + "".join(
@@ -30,6 +31,41 @@ def test_leaving_in_the_middle(server: Running, stream: bool) -> None:
     )
     connection = socket.create_connection(("127.0.0.1", httpx.URL(server.url).port))
     connection.sendall(head.encode() + b"\r\n" + request.content)
+    return connection
+
+
+class Steps:
+    """Stands for time in the fake model: counts its steps, and holds each until the gate opens."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.gate = threading.Event()
+
+    def sleep(self, seconds: float) -> None:
+        self.count += 1
+        assert self.gate.wait(20)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_not_a_step_is_run_for_who_has_left(stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who leaves during a step has its pages back when that step ends."""
+    steps = Steps()
+    with run_fake_server() as server:
+        monkeypatch.setattr(fake_models, "time", steps)
+        connection = send(server, stream)
+        wait_until(lambda: steps.count == 1)
+        connection.close()
+        wait_until(lambda: server.model.engine._commands.qsize() == 1)  # to abort it
+        assert not is_idle(server)
+        steps.gate.set()
+        wait_until(lambda: is_idle(server))
+    assert steps.count == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_leaving_in_the_middle(server: Running, stream: bool) -> None:
+    """As a program does that is killed: the connection is closed, without a word."""
+    connection = send(server, stream)
     before = server.model.engine.get_stats().completion_tokens
     wait_until(lambda: server.model.engine.get_stats().completion_tokens >= before + 3)
     assert not is_idle(server)

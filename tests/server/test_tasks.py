@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from fake_models import ROOT
+from running import Running
 
 from engine.errors import CannotListen, InvalidSetting, PackageInvalid
 from engine.model import load_defaults
@@ -53,3 +56,20 @@ def test_sampling_defaults_of_a_package(tmp_path: Path) -> None:
     assert load_defaults(package).repetition_penalty == 1.0
     (tmp_path / "generation.json").write_text('{"repetition_penalty": 1.1}')
     assert load_defaults(package).repetition_penalty == 1.1
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("lib.so", "lib.so cannot be loaded: "), ("tokenizer.json", "tokenizer.json: cannot read the tokenizer: ")],
+)
+def test_a_package_that_was_damaged(tiny_server: Running, tmp_path: Path, name: str, text: str) -> None:
+    """What its sizes do not show; that files are missing or cut is seen before anything is loaded."""
+    package = tmp_path / Path(tiny_server.model.variant.replace("/", "-"))
+    shutil.copytree(ROOT / "artifacts/packages" / package.name, package)
+    size = (package / name).stat().st_size
+    (package / name).unlink()  # it may be read-only
+    (package / name).write_bytes(b"\0" * size)
+    with pytest.raises(PackageInvalid) as caught:
+        run_serve(package, {"port": "0"})
+    assert text in str(caught.value)
+    assert "build" in str(caught.value).splitlines()[-1]
