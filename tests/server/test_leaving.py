@@ -26,7 +26,7 @@ def send(server: Running, stream: bool) -> socket.socket:
     """A request as a program sends it that may then be killed."""
     with httpx.Client(base_url=server.url) as http:
         request = http.build_request("POST", PATH, json={**SLOW, "stream": stream})
-    head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\n" + "".join(
+    head = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\n" + "".join(
         f"{name}: {request.headers[name]}\r\n" for name in ("content-type", "content-length")
     )
     connection = socket.create_connection(("127.0.0.1", httpx.URL(server.url).port))

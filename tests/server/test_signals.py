@@ -132,7 +132,7 @@ def test_a_client_that_does_not_read_cannot_keep_it() -> None:
     with start_server() as (process, url):
         idle = socket.create_connection(("127.0.0.1", httpx.URL(url).port))
         half = socket.create_connection(("127.0.0.1", httpx.URL(url).port))
-        half.sendall(f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n".encode())
+        half.sendall(f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n".encode())
         assert httpx.get(url + "/health").status_code == 200
         process.send_signal(signal.SIGTERM)
         output, _ = process.communicate(timeout=20)

@@ -103,7 +103,8 @@ class Person:
     async def leave_body(self) -> None:
         """As a client that is killed while it sends."""
         _, writer = await asyncio.open_connection(self._http.base_url.host, self._http.base_url.port)
-        writer.write(f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 5000\r\n\r\n".encode() + b'{"model": ')
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5000\r\n\r\n"
+        writer.write(head.encode() + b'{"model": ')
         await writer.drain()
         await asyncio.sleep(self._draw.uniform(0, 0.05))
         writer.close()
