@@ -96,14 +96,21 @@ class CodeDigests:
         self._changed = False
         self._sources: dict[str, Source | None] = {}
         self._files: set[Path] = set()
+        self._closures: dict[tuple[str, tuple[str, ...]], dict[str, str]] = {}
         with contextlib.suppress(FileNotFoundError, ValueError):
             self._memo = json.loads(path.read_text("utf-8"))
 
     def get_closure(self, step: str, extra: tuple[str, ...] = ()) -> dict[str, str]:
         """Digest of all that `run` of the module `step` and the `extra` modules or names reach: {module: digest}.
 
-        StepError when the step has no `run`, or when there is no such module.
+        Found out once in a process, which has imported the code by then. StepError when the step has no `run`, or when
+        there is no such module.
         """
+        if (step, extra) not in self._closures:
+            self._closures[step, extra] = self._compute_closure(step, extra)
+        return self._closures[step, extra]
+
+    def _compute_closure(self, step: str, extra: tuple[str, ...]) -> dict[str, str]:
         entries = [(step, ENTRY), *((name, item or WHOLE) for name, _, item in (e.partition(":") for e in extra))]
         for name, item in entries:
             source = self._get_source(name)

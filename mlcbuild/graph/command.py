@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from doit.cmd_run import Run as DoitRun
 from doit.exceptions import InvalidCommand
 
-from mlcbuild.graph.settings import EXECUTORS, go_offline, is_on, settings
+from mlcbuild.graph.settings import EXECUTORS, collect_rarely, go_offline, is_on, settings
 from mlcbuild.graph.snapshot import get_snapshot_path, load_fresh_snapshot
 
 if TYPE_CHECKING:
@@ -95,6 +95,7 @@ class Run(DoitRun):
     def run(self, params: Any, args: list[str]) -> Any:
         """doit's own `run`."""
         check_remote()
+        collect_rarely(True)
         if settings.executor == "dask":
             use_dask(params)
         if params["num_process"] and params["par_type"] == "process":

@@ -31,6 +31,15 @@ def get_stat(path: Path | str) -> Stat:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
+def open_file(path: Path, flags: int) -> int:
+    """os.open of a file whose folder is made if it is not there."""
+    try:
+        return os.open(path, flags, 0o644)
+    except FileNotFoundError:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(path, flags, 0o644)
+
+
 def load_digest(path: Path) -> str:
     """SHA-256 (hex) of a file's contents, read in blocks of 1 MiB."""
     digest = hashlib.sha256()
@@ -78,6 +87,13 @@ class DigestMemo:
         digests = {name: self.get_file_digest(file) for name, file in files}
         return hashlib.sha256(make_canonical_json(digests).encode()).hexdigest()
 
+    def get_known_digest(self, path: str) -> str | None:
+        """Digest of a file whose stat is known; None for any other file, for a folder, and for what is not there."""
+        try:
+            return self._known.get(get_stat(path))
+        except OSError:
+            return None
+
     def get_file_digest(self, path: Path) -> str:
         """Digest of a file's contents, from the memo when its stat is known."""
         before = get_stat(path)
@@ -102,8 +118,7 @@ class DigestMemo:
         # next. A memo that cannot be written costs time, never a wrong answer.
         line = "\n{} {} {} {} {}\n".format(*key, digest).encode()
         with contextlib.suppress(OSError):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            handle = open_file(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
             try:
                 os.write(handle, line)
             finally:

@@ -32,15 +32,13 @@ from mlcbuild.graph.action import (
     make_specification,
 )
 from mlcbuild.graph.code import CodeDigests
-from mlcbuild.graph.digest import DigestMemo, get_location, get_stat
-from mlcbuild.graph.settings import settings
-from mlcbuild.graph.store import Record, Store, make_blobs
+from mlcbuild.graph.digest import DigestMemo, get_location, get_stat, open_file
+from mlcbuild.graph.settings import collect_rarely, settings
+from mlcbuild.graph.store import Record, Store, hold_lock, make_blobs
 from mlcbuild.graph.upkeep import register_checkout
 from mlcbuild.graph.versions import get_version
 
 if TYPE_CHECKING:
-    from filelock import BaseFileLock
-
     from mlcbuild.graph.remote import Remote
 
 
@@ -63,6 +61,8 @@ class Workspace:
     def __init__(self, root: Path, store: Path) -> None:
         self.root = root
         self.private = root / PRIVATE
+        self._base, self._states = f"{root}/", f"{root}/{PRIVATE}/state/"  # joining paths as text is much faster
+        self._current: dict[str, dict[str, list[int]]] = {}  # outputs of tasks that have turned out to be up to date
         self.memo = DigestMemo(self.private / "digests")
         self.code = CodeDigests(self.private / "code.json")
         self._store = store
@@ -89,6 +89,19 @@ class Workspace:
         self.code.save()
         return circumstances
 
+    def has_nothing_to_do(self, action: Action) -> bool:
+        """Whether the outputs are what the action would make now."""
+        self._current.pop(action.task, None)
+        state = self._load_state(action)
+        if state["key"] != make_key(self.make_specification(action)) or self.list_damage(action, state):
+            return False
+        self._current[action.task] = state["outputs"]
+        return True
+
+    def is_known_current(self, action: Action) -> bool:
+        """Whether has_nothing_to_do has said so, or the action has been executed in this process."""
+        return action.task in self._current
+
     def is_current(self, action: Action, key: str) -> bool:
         """Whether the outputs are those of `key`, untouched since they were placed."""
         state = self._load_state(action)
@@ -107,15 +120,16 @@ class Workspace:
         found = []
         for path, stat in (state or self._load_state(action))["outputs"].items():
             try:
-                if list(get_stat(self.root / path)) != stat:
+                if list(get_stat(self._base + path)) != stat:
                     found.append(f"{path} changed")
             except OSError:
                 found.append(f"{path} is missing")
         return found
 
-    def list_outputs(self, action: Action) -> list[str]:
-        """The files that the action has placed, and its provenance, relative to the root; none if it never ran."""
-        return list(self._load_state(action)["outputs"])
+    def get_outputs(self, action: Action) -> dict[str, list[int]]:
+        """The files that the action has placed, and its provenance, relative to the root, with the stats that they had
+        then; none if it never ran."""
+        return self._current.get(action.task) or dict(self._load_state(action)["outputs"])
 
     def save_state(self, action: Action, record: Record) -> None:
         """Note which key the outputs now belong to, and what it was made of."""
@@ -123,20 +137,18 @@ class Workspace:
         _write_json(self.root / get_provenance_path(action.task), provenance)
         paths = [action.outputs[name] / blob.path for name, blobs in record.outputs.items() for blob in blobs]
         outputs = {str(path): get_stat(self.root / path) for path in (*paths, get_provenance_path(action.task))}
-        _write_json(self._get_state_path(action), {"key": record.key, "outputs": outputs})
+        _write_json(Path(self._get_state_path(action)), {"key": record.key, "outputs": outputs})
+        self._current[action.task] = {path: list(stat) for path, stat in outputs.items()}
 
     def forget(self, action: Action) -> None:
         """Drop the state of an action whose outputs are being removed."""
-        self._get_state_path(action).unlink(missing_ok=True)
+        self._current.pop(action.task, None)
+        Path(self._get_state_path(action)).unlink(missing_ok=True)
         (self.root / get_provenance_path(action.task)).unlink(missing_ok=True)
 
-    def lock(self, action: Action) -> BaseFileLock:
+    def lock(self, action: Action) -> contextlib.AbstractContextManager[None]:
         """Held while the action's outputs are looked at and replaced, so that builds side by side take turns."""
-        from filelock import FileLock  # it imports asyncio and more, for which a build with nothing to do has no use
-
-        path = self.private / "locks" / get_slug(action)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return FileLock(path)
+        return hold_lock(self.private / "locks" / get_slug(action))
 
     @contextlib.contextmanager
     def open_scratch(self, action: Action) -> Iterator[Path]:
@@ -149,22 +161,27 @@ class Workspace:
         finally:
             remove(path)
 
+    def get_input_digest(self, path: Path) -> str:
+        """Digest of an input. FileNotFoundError if it is missing."""
+        return self.memo.get_known_digest(f"{self._base}{path}") or self.memo.get_input_digest(self.root / path)
+
     def _get_input_digest(self, action: Action, name: str) -> str:
         try:
-            return self.memo.get_input_digest(self.root / action.inputs[name])
+            return self.get_input_digest(action.inputs[name])
         except FileNotFoundError as error:
             maker = f"doit {action.after[0]}" if action.after else "restore the file"
             raise StepError(f"{action.task}: its input {action.inputs[name]} does not exist", hint=maker) from error
 
     def _load_state(self, action: Action) -> dict[str, Any]:
         try:
-            state = dict(json.loads(self._get_state_path(action).read_text("utf-8")))
+            with open(self._get_state_path(action), "rb") as file:
+                state = dict(json.loads(file.read()))
             return {"key": str(state["key"]), "outputs": dict(state["outputs"])}
         except (OSError, ValueError, TypeError, KeyError):  # none, or damaged: as if it had never been executed
             return {"key": "", "outputs": {}}
 
-    def _get_state_path(self, action: Action) -> Path:
-        return self.private / "state" / action.step / f"{action.name}.json"
+    def _get_state_path(self, action: Action) -> str:
+        return f"{self._states}{action.step}/{action.name}.json"
 
 
 @functools.cache
@@ -211,14 +228,16 @@ def _make(
 ) -> tuple[Record, str]:
     """Restore or run into `scratch`, then place the outputs: their record, and "hit", "remote hit" or "run"."""
     report = functools.partial(settings.tell, action.task)
-    outputs = {name: scratch / "out" / name / path.name for name, path in action.outputs.items()}
+    outputs = {name: scratch / f"hit-{name}" for name in action.outputs}
     from mlcbuild.graph.remote import get_remote
 
     remote = get_remote()
     record, status = _restore(workspace.store, remote, key, outputs, report)
     if record is None:
         started = time.perf_counter()
-        remove(scratch / "out")
+        for path in outputs.values():
+            remove(path)  # what a damaged record has left
+        outputs = {name: scratch / "out" / name / path.name for name, path in action.outputs.items()}
         for path in outputs.values():
             path.parent.mkdir(parents=True)
         _run(workspace, action, outputs, report)
@@ -250,6 +269,7 @@ def _restore(
 
 
 def _run(workspace: Workspace, action: Action, outputs: dict[str, Path], report: Report) -> None:
+    collect_rarely(False)
     inputs = {name: workspace.root / get_location(path) for name, path in action.inputs.items()}
     context = Context(action.params, inputs, outputs, report, workspace.memo.get_file_digest)
     importlib.import_module(action.module).run(context)
@@ -307,7 +327,7 @@ def is_uptodate(action: Action, root: str) -> bool:
     """For doit: whether `action` has nothing to do."""
     workspace = get_workspace(Path(root))
     try:
-        return not settings.always and workspace.is_current(action, make_key(workspace.make_specification(action)))
+        return not settings.always and workspace.has_nothing_to_do(action)
     except MlcbuildError:
         return False  # it will be said when the action is executed
 
@@ -322,13 +342,13 @@ def remove(path: Path) -> None:
 
 def make_json_text(value: Any) -> str:
     """The text of a state or provenance file."""
-    return json.dumps(value, indent=1, sort_keys=True)
+    return json.dumps(value, sort_keys=True)  # with `indent` Python takes its slow encoder
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f"{path.name}.{os.getpid()}")
-    scratch.write_text(make_json_text(value), "utf-8")
+    with open(open_file(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as file:
+        file.write(make_json_text(value).encode())
     os.replace(scratch, path)
 
 

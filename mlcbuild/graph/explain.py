@@ -22,6 +22,7 @@ from mlcbuild.graph.changes import list_changes
 from mlcbuild.graph.digest import get_location, is_pattern
 from mlcbuild.graph.execute import Workspace, get_workspace, make_json_text
 from mlcbuild.graph.remote import get_remote
+from mlcbuild.graph.settings import collect_rarely
 from mlcbuild.graph.store import Blob, Record
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class Forecast:
 
 def explain_plan(plan: Plan) -> list[Forecast]:
     """A forecast for each action that the selected variants need, in the order in which they would be executed."""
+    collect_rarely(True)
     workspace = get_workspace(plan.root)
     forecasts: dict[str, Forecast] = {}
     for action in list_needed(plan):
@@ -74,6 +76,8 @@ def make_forecast(workspace: Workspace, action: Action, before: Sequence[Forecas
     inputs = {name: forecast_input(workspace, action, name, before) for name in sorted(action.inputs)}
     known = {name: digest for name, digest in inputs.items() if digest is not None}
     specification = make_specification(action, inputs=known, **workspace.get_circumstances(action))
+    if len(known) == len(inputs) and workspace.is_current(action, make_key(specification)):
+        return Forecast(action, "ok", (), specification)
     last = workspace.load_provenance(action)
     reasons = [FIRST]
     if last is not None:
@@ -83,8 +87,6 @@ def make_forecast(workspace: Workspace, action: Action, before: Sequence[Forecas
     if len(known) < len(inputs):
         return Forecast(action, "run", tuple(reasons))
     key = make_key(specification)
-    if workspace.is_current(action, key):
-        return Forecast(action, "ok", (), specification)
     reasons = reasons or workspace.list_damage(action) or ["its last build was cut short"]
     record = workspace.store.load_record(key)
     if record is not None and workspace.store.has_blobs(record):
@@ -108,7 +110,7 @@ def forecast_input(workspace: Workspace, action: Action, name: str, before: Sequ
         if output is not None:
             return None if maker.record is None else get_blobs_digest(maker.record, maker.action, output, path)
     try:
-        return workspace.memo.get_input_digest(workspace.root / path)
+        return workspace.get_input_digest(path)
     except FileNotFoundError:
         return None
 

@@ -323,16 +323,18 @@ def make_tasks() -> Iterator[dict[str, Any]]:
 
 def are_current(last: str) -> bool:
     """Whether the task `last` and all that it comes after have nothing to do: `uptodate` of tasks without actions."""
-    from mlcbuild.graph.execute import is_uptodate
+    from mlcbuild.graph.execute import get_workspace, is_uptodate
 
     plan = get_plan()
+    workspace = get_workspace(plan.root)
     pending, seen = [last], set()
     while pending:
         name = pending.pop()
         if name in seen or name not in plan.actions:
             continue
         seen.add(name)
-        if not is_uptodate(plan.actions[name], str(plan.root)):
+        action = plan.actions[name]
+        if not (workspace.is_known_current(action) or is_uptodate(action, str(plan.root))):
             return False
         pending += plan.actions[name].after
     return True
@@ -385,6 +387,7 @@ def call(function: Callable[..., None], *args: Any) -> Any:
 
     from mlcbuild.graph.execute import is_mendable
 
+    settings.collect_rarely(False)
     try:
         function(*args)
     except Exception as error:

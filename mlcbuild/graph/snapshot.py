@@ -12,7 +12,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -31,7 +31,7 @@ class Snapshot:
     """Stats of files and names in folders by path (relative to the root where below it), environment, packages,
     and a line for each variant that was skipped."""
 
-    files: Mapping[str, tuple[int, ...]]
+    files: Mapping[str, Sequence[int]]
     folders: Mapping[str, list[str]]
     environment: Mapping[str, str | None]
     packages: list[str]
@@ -49,7 +49,7 @@ def make_snapshot(
     root: Path,
     *,
     sources: Iterable[Path],
-    outputs: Iterable[Path],
+    outputs: Mapping[str, Sequence[int]],
     folders: Iterable[Path],
     environment: Iterable[str],
     packages: list[str],
@@ -59,17 +59,17 @@ def make_snapshot(
     """The snapshot of a build that began at `started_ns`; None if a source changed since, or too shortly before.
 
     With something `skipped` for want of a program, new programs count, too. `sources` were there before the build,
-    `outputs` it made, all relative to the root or absolute.
+    `outputs` it made, with their stats when it did: all relative to the root or absolute.
     """
     sites = [Path(entry) for entry in sys.path if entry.endswith("site-packages")]
     try:
-        files = {str(path): get_stat(root / path) for path in [*sources, *sites]}
+        files: dict[str, Sequence[int]] = {str(path): get_stat(root / path) for path in [*sources, *sites]}
         if any(stat[3] > started_ns - RACY_NS for stat in files.values()):
             return None
-        files |= {str(path): get_stat(root / path) for path in outputs}
     except FileNotFoundError:
         return None
     programs = list_program_folders(cuda=True) if skipped else []
+    files.update(outputs)
     names = {str(path): list_names(root / path) for path in (*folders, *map(Path, programs))}
     values = {name: os.environ.get(name) for name in {*ENVIRONMENT, *environment}}
     return Snapshot(files, names, values, packages, skipped)

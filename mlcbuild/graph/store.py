@@ -20,14 +20,11 @@ import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mlcbuild.errors import StepError, StoreError
 from mlcbuild.graph.action import SCHEMA
-from mlcbuild.graph.digest import DigestMemo, list_files
-
-if TYPE_CHECKING:
-    from filelock import BaseFileLock
+from mlcbuild.graph.digest import DigestMemo, list_files, open_file
 
 FICLONE = 0x40049409  # ioctl of Linux that makes one file share the blocks of another
 SMALL = 64 * 1024
@@ -72,11 +69,9 @@ class Store:
                 hint="point MLCBUILD_STORE at a folder that you may write to, or unset it",
             ) from error
 
-    def lock(self, key: str) -> BaseFileLock:
+    def lock(self, key: str) -> contextlib.AbstractContextManager[None]:
         """The lock that one builder of `key` holds while the others wait to take over its result."""
-        from filelock import FileLock
-
-        return FileLock(self.root / "locks" / key)
+        return hold_lock(self.root / "locks" / key)
 
     def load_record(self, key: str) -> Record | None:
         """The record of `key`, None when there is none. A record that cannot be read is quarantined."""
@@ -123,15 +118,9 @@ class Store:
             os.utime(self._get_record_path(record.key))  # when it was last used: see upkeep.py
         return True
 
-    @contextlib.contextmanager
-    def hold(self, *, alone: bool = False) -> Iterator[None]:
+    def hold(self, *, alone: bool = False) -> contextlib.AbstractContextManager[None]:
         """Held together by those who add and restore, and alone by those who remove (see upkeep.py)."""
-        handle = os.open(self.root / "hold", os.O_RDONLY | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
-            yield
-        finally:
-            os.close(handle)
+        return hold_lock(self.root / "hold", alone=alone)
 
     def remove_record(self, key: str) -> None:
         """Forget a record; its blobs stay until nothing speaks of them."""
@@ -205,6 +194,18 @@ class Store:
             yield scratch
         finally:
             scratch.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def hold_lock(path: Path, *, alone: bool = True) -> Iterator[None]:
+    """Wait for the lock on the file `path`, which is made if need be and stays, and hold it. The kernel lets it go when
+    the process is gone, however it ends."""
+    handle = open_file(path, os.O_RDONLY | os.O_CREAT)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(handle)
 
 
 def make_record(data: dict[str, Any]) -> Record | None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlcbuild.errors import PackageError
 from mlcbuild.graph.action import PRIVATE
-from mlcbuild.graph.digest import get_location, list_files
+from mlcbuild.graph.digest import get_location, get_stat, list_files
 from mlcbuild.graph.execute import get_workspace
 from mlcbuild.graph.settings import SIGNATURE, SIGNING_KEY
 from mlcbuild.graph.snapshot import make_snapshot, save_snapshot
@@ -107,12 +107,13 @@ def show_size(size: int) -> str:
 def save_snapshot_of(plan: Plan, path: Path, started_ns: int) -> None:
     """Remember what this successful build depended on, so that the next one can see at once that nothing changed."""
     workspace = get_workspace(plan.root)
-    outputs = [Path(name) for action in plan.actions.values() for name in workspace.list_outputs(action)]
-    if os.environ.get(SIGNING_KEY):
-        outputs += [Path(os.environ[SIGNING_KEY]).absolute(), *(build.package / SIGNATURE for build in plan.selected)]
-    made = [path for action in plan.actions.values() for path in action.outputs.values()]
-    inputs = [get_location(path) for action in plan.actions.values() for path in action.inputs.values()]
-    given = [path for path in inputs if PRIVATE not in path.parents and not any(_is_within(path, at) for at in made)]
+    outputs: dict[str, Sequence[int]] = {}
+    for action in plan.actions.values():
+        outputs.update(workspace.get_outputs(action))
+    signed = [build.package / SIGNATURE for build in plan.selected] if os.environ.get(SIGNING_KEY) else []
+    for file in signed and [Path(os.environ[SIGNING_KEY]).absolute(), *signed]:
+        outputs[str(file)] = get_stat(plan.root / file)
+    given = list_given(plan)
     files = [file for path in given for file in _list_all(plan.root, path)]
     sources = [*workspace.code.list_files(), *list_recipe_files(plan.root), *files]
     tops = [plan.root / path for path in (Path("tasks"), Path("recipes"), *given)]
@@ -138,8 +139,15 @@ def list_recipe_files(root: Path) -> Iterator[Path]:
     yield from sorted((root / "tasks").glob("*.py"))
 
 
-def _is_within(path: Path, folder: Path) -> bool:
-    return path == folder or folder in path.parents
+def list_given(plan: Plan) -> list[Path]:
+    """The inputs that no action makes, each once: patterns as their folder, relative to the root."""
+    made = {str(path) for action in plan.actions.values() for path in action.outputs.values()}
+    inputs = {get_location(path) for action in plan.actions.values() for path in action.inputs.values()}
+    return [
+        path
+        for path in sorted(inputs)
+        if PRIVATE not in path.parents and made.isdisjoint((str(path), *map(str, path.parents)))
+    ]
 
 
 def _list_all(root: Path, path: Path) -> list[Path]:

@@ -7,6 +7,7 @@ numpy, so that recipes can be checked against the file names.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 from collections.abc import Mapping
@@ -92,6 +93,7 @@ def get_method(name: str) -> Method:
     return cast(Method, importlib.import_module(f"{__name__}.{name}"))
 
 
+@functools.cache
 def get_layout(name: str) -> Layout:
     """The layout module of that name. Raises UnknownNameError."""
     check_name("weight layout", name, list_layouts())

@@ -24,7 +24,6 @@ from typing import Any, NoReturn
 CHANGES = frozenset({"os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.utime", "open"})
 PRELOAD = (
     "doit.doit_cmd",
-    "filelock",
     "fsspec",
     "mlcbuild.graph.cache_server",
     "mlcbuild.graph.execute",

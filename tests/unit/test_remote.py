@@ -138,9 +138,9 @@ def test_settings_choose_the_remote(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setenv("MLCBUILD_REMOTE", f"file://{tmp_path}/one")
     assert look()._label == f"file://{tmp_path}/one"
     assert look(remote="http://user:pass@host")._label == "http://host"
-    assert look()._readonly is False
+    assert look().readonly is False
     monkeypatch.setenv("MLCBUILD_REMOTE_READONLY", "1")
-    assert look()._readonly is True
+    assert look().readonly is True
     monkeypatch.setenv("MLCBUILD_REMOTE_READONLY", "maybe")
     with pytest.raises(StoreError, match="neither 1 nor 0"):
         look()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mlcbuild.graph.digest import get_stat
 from mlcbuild.graph.snapshot import (
     Snapshot,
     get_snapshot_path,
@@ -32,7 +33,7 @@ def take(root: Path, started_ns: int | None = None) -> Snapshot | None:
     return make_snapshot(
         root,
         sources=[Path("dodo.py"), root / "recipes" / "tiny.yaml"],
-        outputs=[Path("out.bin")],
+        outputs={"out.bin": get_stat(root / "out.bin")},
         folders=[root / "recipes"],
         environment=["CUDA_HOME"],
         packages=["artifacts/packages/tiny"],
