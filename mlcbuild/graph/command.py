@@ -114,7 +114,10 @@ class Build(Run):
     doc_usage = "[model=NAMES] [quantization=NAMES] [target=NAMES] [source=random] [matrix=NAME]"
     doc_description = (
         "NAMES is a name, a comma list or a glob of files in recipes/; target=cpu and target=cuda mean the best target "
-        "for this machine. Without variables, recipes/matrices/default.yaml says what is built."
+        "for this machine. Without variables, recipes/matrices/default.yaml says what is built. variant=A/B/C,... "
+        "names single variants. remote=URL shares results, offline=1 uses no network, and executor=dask "
+        "scheduler=tcp://host:8786 has the steps run wherever ./doit worker runs. Exit code: 0; 1 if a step failed, 2 "
+        "on an error, 3 if nothing was begun, 130 if it was interrupted."
     )
     cmd_options = OPTIONS
 

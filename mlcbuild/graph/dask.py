@@ -36,9 +36,10 @@ from doit.exceptions import TaskError, TaskFailed
 from doit.runner import Runner
 
 from mlcbuild.errors import ExecutorError
-from mlcbuild.graph.action import Action, make_key
+from mlcbuild.graph.action import Action, get_provenance_path, make_key
 from mlcbuild.graph.changes import list_changes
 from mlcbuild.graph.execute import Workspace, execute, get_workspace, is_mendable, restore
+from mlcbuild.graph.explain import find_output
 from mlcbuild.graph.plan import Plan, get_plan
 from mlcbuild.graph.remote import Remote, get_remote
 from mlcbuild.graph.reporter import is_step
@@ -213,12 +214,13 @@ class DaskRunner(Runner):
             return
         if "missing" in result:
             settings.warn(f"{result['worker']} could not restore {result['missing']}: {task.name} is made here")
-        always, settings.always = settings.always, False  # it has just been run
+        always = settings.always
+        settings.always = always and "missing" in result  # else it has just been run
         try:
             fail = task.execute(self.stream)
         finally:
             settings.always = always
-        if fail is None and result.get("status") == "run":
+        if fail is None and result.get("status") == "run" and task.values["status"] != "run":
             task.values.update(status="run", seconds=result["seconds"], saved=0.0, worker=result["worker"])
         self.process_task_result(node, fail)
 
@@ -329,17 +331,34 @@ def run_here(job: Job, root: Path) -> dict[str, Any]:
         if not restore(action, key, root):
             return {"missing": action.task}
     specification = workspace.make_specification(job.action)
-    key = make_key(specification)
-    if key != make_key(job.specification):
-        changes = "; ".join(list_changes(dict(job.specification), specification)) or "its inputs are others"
-        raise ExecutorError(
-            f"the worker in {root} would make something else of {job.action.task}: {changes}",
-            hint="give it the same checkout and environment, and start it again",
-        )
+    if specification != job.specification:
+        changes, others = find_changes(job, specification)
+        if changes:
+            raise ExecutorError(
+                f"the worker in {root} would make something else of {job.action.task}: {'; '.join(changes)}",
+                hint="give it the same checkout and environment, and start it again",
+            )
+        return {"missing": others[0]}  # what it has is as good, but not what the build has
     settings.always = job.always
     outcome = execute(job.action, root)
-    share(workspace, remote, job.action, key)
+    share(workspace, remote, job.action, outcome.key)
     return asdict(outcome)
+
+
+def find_changes(job: Job, specification: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """What is other in the specification here: what a person has to mend, and which tasks have made other files."""
+    changes, others = list_changes(job.specification, specification), []
+    for name, path in job.action.inputs.items():
+        if job.specification["inputs"][name] != specification["inputs"][name]:
+            made = [maker.task for maker, _ in job.before if makes(maker, path)]
+            others += made
+            changes += [] if made else [f"{path} changed"]
+    return changes, others
+
+
+def makes(action: Action, path: Path) -> bool:
+    """Whether an action makes an input: one of its outputs, a file in one, or its provenance."""
+    return find_output(action, path) is not None or path == get_provenance_path(action.task)
 
 
 if __name__ == "__main__":

@@ -36,34 +36,36 @@ class Running:
     fraction: float | None = None
     size: int | None = None
     spoken: float = 0.0
+    counted: tuple[float, float, int] | None = None  # when bytes were first counted, the share then, and of how many
 
     def hear(self, text: str, fraction: float | None, size: int | None) -> None:
         """A Report of the step."""
         self.text, self.fraction, self.size = text, fraction, size
+        if size and fraction is not None and (self.counted is None or self.counted[2] != size):
+            self.counted = time.monotonic(), fraction, size
 
     def describe(self, now: float) -> str:
         """What it does, its bytes, their rate, and how long it will take."""
         from mlcbuild.graph.summary import show_size
 
         parts = [self.text] if self.text else []
-        elapsed = now - self.started
-        if self.size and self.fraction is not None:
-            done = int(self.size * self.fraction)
-            parts.append(f"{show_size(done)} of {show_size(self.size)}")
-            if done and elapsed > 0:
-                parts.append(f"{show_size(int(done / elapsed))}/s")
-        elif self.fraction is not None:
-            parts.append(f"{self.fraction:.0%}")
-        rest = estimate_rest(elapsed, self.fraction, self.expected, counted=bool(self.size))
+        if self.counted is not None and self.size and self.fraction is not None:
+            since, share, _ = self.counted  # what came before, such as imports, says nothing of the rate
+            rate = self.size * (self.fraction - share) / (now - since) if now > since else 0.0
+            parts.append(f"{show_size(int(self.size * self.fraction))} of {show_size(self.size)}")
+            parts += [f"{show_size(int(rate))}/s"] * (rate >= 1)
+            rest = self.size * (1 - self.fraction) / rate if rate >= 1 else None
+        else:
+            parts += [] if self.fraction is None else [f"{self.fraction:.0%}"]
+            rest = estimate_rest(now - self.started, self.fraction, self.expected)
         return "  ".join([*parts, f"{show_duration(rest)} left"] if rest is not None else parts)
 
 
-def estimate_rest(elapsed: float, fraction: float | None, expected: float | None, *, counted: bool) -> float | None:
-    """Seconds that a step will still take; None where nothing tells. `counted`: the fraction is one of bytes."""
-    by_fraction = elapsed * (1 - fraction) / fraction if fraction else None
-    by_history = max(0.0, expected - elapsed) if expected is not None else None
-    first, second = (by_fraction, by_history) if counted else (by_history, by_fraction)
-    return first if first is not None else second
+def estimate_rest(elapsed: float, fraction: float | None, expected: float | None) -> float | None:
+    """Seconds that a step will still take: by how long it took the last time, else by its fraction; None without."""
+    if expected is not None:
+        return max(0.0, expected - elapsed)
+    return elapsed * (1 - fraction) / fraction if fraction else None
 
 
 def show_duration(seconds: float) -> str:

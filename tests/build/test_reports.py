@@ -165,10 +165,10 @@ def test_a_command_has_stdout_to_itself(project: Path) -> None:
 def test_on_a_terminal_the_running_steps_are_a_tree(project: Path, workers: list[str]) -> None:
     """Also what steps in worker processes say: bytes, rate, time left."""
     convert = project / "tasks" / "convert.py"
-    said = '    ctx.report("half of it", 0.5, 2_000_000)\n    time.sleep(0.8)\n    folder = ctx.outputs'
-    convert.write_text(convert.read_text().replace("    folder = ctx.outputs", said, 1))
+    said = "".join(f'    ctx.report("{part} of it", {part}, 2_000_000); time.sleep(0.6)\n' for part in (0.25, 0.5))
+    convert.write_text(convert.read_text().replace("    folder = ctx.outputs", f"{said}    folder = ctx.outputs", 1))
     text = run_on_terminal(project, "build", "quantization=*", *workers)
-    for part in ("build  ", "of 6 steps", "─ convert", "half of it  1 MB of 2 MB", "B/s", " left", "run   verify"):
+    for part in ("build  ", "of 6 steps", "─ convert", "0.5 of it  1 MB of 2 MB", "B/s", " left", "run   verify"):
         assert part in text, text
     if workers:
         assert "├── convert" in text  # two at once

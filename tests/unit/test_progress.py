@@ -13,24 +13,26 @@ from mlcbuild.graph.reporter import Line, Mail, describe_savings
 
 
 @pytest.mark.parametrize(
-    ("fraction", "expected", "counted", "rest"),
+    ("fraction", "expected", "rest"),
     [
-        (None, None, False, None),
-        (0.0, None, True, None),
-        (0.25, None, False, 30.0),
-        (0.25, 14.0, False, 4.0),  # a share that is not of bytes is less certain than the last time
-        (0.25, 14.0, True, 30.0),
-        (None, 14.0, False, 4.0),
-        (None, 6.0, False, 0.0),
+        (None, None, None),
+        (0.0, None, None),
+        (0.25, None, 30.0),
+        (0.25, 14.0, 4.0),  # a share that is not of bytes is less certain than the last time
+        (None, 14.0, 4.0),
+        (None, 6.0, 0.0),
     ],
 )
-def test_what_is_left_is_judged_by_the_best_there_is(fraction, expected, counted, rest):
-    assert estimate_rest(10.0, fraction, expected, counted=counted) == rest
+def test_what_is_left_is_judged_by_the_best_there_is(fraction, expected, rest):
+    assert estimate_rest(10.0, fraction, expected) == rest
 
 
-def test_a_running_step_describes_itself():
+def test_a_running_step_describes_itself(monkeypatch):
     running = Running("download", "m", started=100.0)
     assert running.describe(101.0) == ""
+    monkeypatch.setattr(time, "monotonic", lambda: 105.0)
+    running.hear("model-1.safetensors", 0.125, 8_000_000_000)
+    assert running.describe(105.0) == "model-1.safetensors  1 GB of 8 GB"
     running.hear("model-1.safetensors", 0.25, 8_000_000_000)
     assert running.describe(110.0) == "model-1.safetensors  2 GB of 8 GB  200 MB/s  0:30 left"
     running.hear("pass fuse", 0.5, None)
