@@ -23,12 +23,13 @@ class EngineError(Exception):
 
     status = 500
     kind = "server_error"
+    usual_code: str | None = None
 
     def __init__(self, message: str, *, hint: str = "", code: str | None = None, param: str | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
-        self.code = code
+        self.code = code or self.usual_code
         self.param = param
 
     def __str__(self) -> str:
@@ -58,6 +59,7 @@ class Overloaded(EngineError):
 
     status = 429
     kind = "rate_limit_error"
+    usual_code = "rate_limit_exceeded"
 
 
 class EngineStopped(EngineError):
@@ -65,6 +67,7 @@ class EngineStopped(EngineError):
 
     status = 503
     kind = "server_error"
+    usual_code = "service_unavailable"
 
 
 class DeadlineExceeded(EngineError):

@@ -101,7 +101,8 @@ class Admission:
             return
         if self._count >= self._capacity:
             text = f"the server is busy: {self._count} requests are running or waiting; try again later"
-            await make_answer(scope, 429, text, kind="rate_limit_error")(scope, receive, send)
+            answer = make_answer(scope, 429, text, kind="rate_limit_error", code="rate_limit_exceeded")
+            await answer(scope, receive, send)
             return
         self._count += 1
         try:

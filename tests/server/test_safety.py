@@ -227,6 +227,7 @@ def test_a_flood(server: Running) -> None:
         for answer, _ in refused:
             assert answer.headers["retry-after"] == "1"
             assert answer.json()["error"]["type"] == "rate_limit_error"
+            assert answer.json()["error"]["code"] == "rate_limit_exceeded"
         # Each is refused as soon as it is read; the client's own 200 connections are most of this time.
         assert sorted(seconds for _, seconds in refused)[len(refused) // 2] < 3
         wait_until(lambda: running.model.engine.get_stats().running == 0)

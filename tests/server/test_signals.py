@@ -57,7 +57,8 @@ def test_ending(number: signal.Signals, patience: str) -> None:
         whole.join(10)
     assert (process.returncode, errors, output) == (0, "", "the server has ended\n")
     assert rest[-1] == "data: [DONE]"
-    told = {"message": "the server is shutting down", "type": "server_error", "param": None, "code": None}
+    told = {"message": "the server is shutting down", "type": "server_error", "param": None}
+    told["code"] = "service_unavailable"
     assert json.loads(rest[-2].removeprefix("data: ")) == {"error": told}
     assert (answers[0].status_code, answers[0].json()) == (503, {"error": told})
 

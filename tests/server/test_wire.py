@@ -239,7 +239,9 @@ def test_a_full_queue() -> None:
         for stream in streams:
             assert stream.__enter__().status_code == 200
         answer = post(http)
-        assert (answer.status_code, answer.json()["error"]["type"]) == (429, "rate_limit_error")
+        assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
+        error = answer.json()["error"]
+        assert (error["type"], error["param"], error["code"]) == ("rate_limit_error", None, "rate_limit_exceeded")
         for stream in streams:
             stream.__exit__(None, None, None)
 

@@ -100,8 +100,8 @@ export class MetricsView {
       ["Read", rate("prompt_tokens_total"), "", "tokens/s"],
       ["Running", sum("requests_running"), "", waiting === undefined ? "" : `${waiting} waiting`],
       ["Answered", sum("requests_total"), "", `${sum("requests_rejected_total") ?? 0} refused`],
-      ["KV cache in use", sum("kv_cache_usage_ratio"), "_ratio", ""],
-      ["Prompts from the cache", queries ? sum("prefix_cache_hits_total") / queries : undefined, "_ratio", "of their tokens"],
+      ["KV cache in use", sum("kv_cache_usage_ratio"), "_ratio", "of its pages"],
+      ["Prefix cache", queries ? sum("prefix_cache_hits_total") / queries : undefined, "_ratio", "of prompt tokens"],
       ["First token, p50", first, "_seconds", firstMore],
       ["Between tokens, p50", between, "_seconds", betweenMore],
     ];
