@@ -14,7 +14,7 @@ from engine.server.protocol.chat import ChatRequest
 from engine.server.protocol.structured import make_output_grammar
 from engine.server.protocol.tools import ToolChoice, make_signature, make_tool_choice, make_tools_grammar
 from engine.text.reading import Reading
-from engine.text.reasoning import Thinking, add_thinking, find_thinking
+from engine.text.reasoning import add_thinking, find_thinking
 
 PROMPT_END = 16  # tokens at the end of the prompt that say whether it opens the reply's thoughts
 SAME = (  # fields of the body that are fields of SamplingParams
@@ -78,7 +78,7 @@ def make_params(body: ChatRequest, model: LoadedModel, prompt: Sequence[int] = (
         given["logprobs"] = body.top_logprobs or 0
     if body.max_completion_tokens is not None:
         given["max_tokens"] = body.max_completion_tokens
-    wanted = make_reply_grammar(body, model, make_reading(body, model, prompt).thinking)
+    wanted = make_reply_grammar(body, model, make_reading(body, model, prompt))
     if wanted is not None:
         text, param = wanted
         given["grammar"] = model.engine.grammars.compile(text, param=param)
@@ -105,9 +105,9 @@ def make_reading(body: ChatRequest, model: LoadedModel, prompt: Sequence[int]) -
     return Reading(form, thinking, schemas, model.engine.tokenizer.count, model.note_broken_call)
 
 
-def make_reply_grammar(body: ChatRequest, model: LoadedModel, thinking: Thinking | None) -> tuple[str, str] | None:
+def make_reply_grammar(body: ChatRequest, model: LoadedModel, reading: Reading) -> tuple[str, str] | None:
     """What the reply is held to, and the parameter that says so: calls, or structured output, or either of them."""
-    choice = get_tool_choice(body)
+    choice, thinking = get_tool_choice(body), reading.thinking
     not_first = thinking.begin if thinking is not None and not thinking.opened else ""
     output = make_output_grammar(body)
     either = output is not None and bool(choice.tools) and not choice.required
@@ -122,8 +122,8 @@ def make_reply_grammar(body: ChatRequest, model: LoadedModel, thinking: Thinking
                 param=output[1],
             )
         wanted = add_alternative(calls, output[0]), output[1]
-    elif output is not None and calls is None and model.form is not None:
-        wanted = model.form.make_answer_grammar(output[0]), output[1]
+    elif output is not None and calls is None and reading.form is not None:
+        wanted = reading.form.make_answer_grammar(output[0]), output[1]
     return wanted if wanted is None or thinking is None else (add_thinking(wanted[0], thinking), wanted[1])
 
 

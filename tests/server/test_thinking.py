@@ -163,6 +163,9 @@ def test_channels() -> None:
         called = ask(client, thought + call, tools=[NOW]).choices[0]
         assert (called.finish_reason, called.message.reasoning) == ("tool_calls", "Let me see.")
         assert [c.function.name for c in called.message.tool_calls] == ["now"]
+        prompt = '<|im_start|>user\nsay {"a": 1}<|im_end|>\n<|im_start|>assistant\n'
+        text = client.completions.create(model="fake", prompt=prompt, extra_body=form).choices[0].text
+        assert text == '{"a": 1}'  # no conversation, no channels
         with pytest.raises(openai.BadRequestError, match="does not go with tools"):
             ask(client, "hi", tools=[NOW], **form)
 
