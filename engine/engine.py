@@ -24,8 +24,9 @@ from engine.progress import Progress
 from engine.request import get_max_tokens
 from engine.runtime.executor import Executor
 from engine.sampling.sampler import pick_token
+from engine.scheduler.pace import Cost
 from engine.scheduler.policy import Chunk, Scheduler
-from engine.speculation import make_guesser
+from engine.speculation import can_extend, make_guesser
 from engine.text.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -37,9 +38,10 @@ class Engine:
     A failure inside one sequence (unusable logits, text that cannot be decoded) ends that sequence with an error;
     an exception of the executor comes out of `step`, and the engine is then of no more use. `prefix_cache`: whether
     requests read the pages of earlier ones that begin alike. `draft_tokens`: how many tokens of a reply may be guessed
-    and checked in one batch, from its own text or by the small model that `draft` holds; 0 = none. Neither ever changes
-    what a request says. Both executors are closed with the engine. `cache_file`: where the prefix cache is kept from
-    one engine to the next; raises InvalidSetting for a file that is not of these executors' packages.
+    and checked in one batch, from its own text or by the small model that `draft` holds; 0 = none. `weigh_guesses`:
+    whether the time that they take is measured, so that there are none where they save nothing. None of this ever
+    changes what a request says. Both executors are closed with the engine. `cache_file`: where the prefix cache is kept
+    from one engine to the next; raises InvalidSetting for a file that is not of these executors' packages.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Engine:
         prefix_cache: bool = True,
         draft_tokens: int = 0,
         draft: Executor | None = None,
+        weigh_guesses: bool = True,
         cache_file: CacheFile | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -62,6 +65,8 @@ class Engine:
         self._requests: dict[str, Progress] = {}
         self._deadlines: list[tuple[float, str]] = []  # a heap; those of requests that have ended may still be in it
         self._guesser = make_guesser(self._scheduler, draft, draft_tokens)
+        self._cost = Cost() if weigh_guesses and self._guesser is not None else None
+        self._making = 0.0  # seconds that the guesses of this batch took
         self._guesses = 0
         self._guessed_tokens = 0
         self._right_tokens = 0
@@ -180,10 +185,19 @@ class Engine:
                 progress.start(now)
                 self._prompt_tokens += len(progress.request.prompt_tokens)
                 self._cached_tokens += chunk.sequence.cached or 0
-        return chunks if self._guesser is None else self._guesser.extend(chunks, self._requests)
+        if self._guesser is None:
+            return chunks
+        cost = 0.0 if self._cost is None else self._cost.get(len(chunks))
+        chunks = self._guesser.extend(chunks, self._requests, cost)
+        self._making = self._clock() - now
+        return chunks
 
     def _run(self, chunks: Sequence[Chunk]) -> NDArray[np.float32]:
+        start = 0.0 if self._cost is None else self._clock()
         logits = self._executor.run(make_batch(chunks))
+        if self._cost is not None and all(map(can_extend, chunks)):
+            length = max(len(chunk.guesses) for chunk in chunks)
+            self._cost.observe(len(chunks), length, self._making, self._clock() - start)
         for chunk in chunks:
             self._scheduler.advance(chunk)
         return logits

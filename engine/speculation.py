@@ -31,8 +31,11 @@ GUESSES_PER_BATCH = 16  # over all sequences: with more rows, a batch on a proce
 class Guesser(Protocol):
     """Adds guesses to chunks and hears what came of them."""
 
-    def extend(self, chunks: list[Chunk], requests: Mapping[str, Progress]) -> list[Chunk]:
-        """The chunks of the next batch with guesses behind some that are one token long."""
+    def extend(self, chunks: list[Chunk], requests: Mapping[str, Progress], cost: float | None) -> list[Chunk]:
+        """The chunks of the next batch with guesses behind some that are one token long.
+
+        `cost`: of a guess, in the time of a batch without (see pace.Cost); None: guess nothing now.
+        """
 
     def learn(self, chunk: Chunk, right: int) -> None:
         """So many of a chunk's guesses were right; called before the scheduler hears of it."""
@@ -49,17 +52,17 @@ class LookupGuesser:
         self._longest = longest
         self._known: dict[str, tuple[PromptLookup, Pace]] = {}
 
-    def extend(self, chunks: list[Chunk], requests: Mapping[str, Progress]) -> list[Chunk]:
+    def extend(self, chunks: list[Chunk], requests: Mapping[str, Progress], cost: float | None) -> list[Chunk]:
         """See Guesser."""
         room = min(self._scheduler.get_guess_room(chunks), GUESSES_PER_BATCH)
         for index, chunk in enumerate(chunks):
-            if room <= 0 or not can_extend(chunk):
+            if cost is None or room <= 0 or not can_extend(chunk):
                 break
             sequence = chunk.sequence
             if sequence.request_id not in self._known:
                 self._known[sequence.request_id] = PromptLookup(sequence.tokens), Pace(self._longest)
             lookup, pace = self._known[sequence.request_id]
-            count = min(room, pace.get_length(), requests[sequence.request_id].room)
+            count = min(room, pace.get_length(cost), requests[sequence.request_id].room)
             if guesses := lookup.guess(count):
                 guesses = guesses[: self._scheduler.reserve(sequence, len(guesses))]
                 chunks[index] = replace(chunk, guesses=guesses)
@@ -89,9 +92,9 @@ class DraftGuesser:
         self._longest = longest
         self._paces: dict[str, Pace] = {}
 
-    def extend(self, chunks: list[Chunk], requests: Mapping[str, Progress]) -> list[Chunk]:
+    def extend(self, chunks: list[Chunk], requests: Mapping[str, Progress], cost: float | None) -> list[Chunk]:
         """See Guesser."""
-        lengths = self._choose_lengths(chunks, requests)
+        lengths = self._choose_lengths(chunks, requests, cost)
         rows = [replace(chunk, samples=False) for chunk in chunks if not can_extend(chunk)]  # of prompts
         room = self.executor.limits.prefill_chunk - sum(chunk.count for chunk in rows)
         plans: list[_Plan] = []
@@ -111,17 +114,19 @@ class DraftGuesser:
             chunks[plan.index] = replace(chunks[plan.index], guesses=tuple(plan.tokens))
         return chunks
 
-    def _choose_lengths(self, chunks: Sequence[Chunk], requests: Mapping[str, Progress]) -> dict[int, int]:
+    def _choose_lengths(
+        self, chunks: Sequence[Chunk], requests: Mapping[str, Progress], cost: float | None
+    ) -> dict[int, int]:
         """How many tokens to guess behind each chunk that may be extended, in equal shares of what the batch takes."""
         found = {index: chunk.sequence for index, chunk in enumerate(chunks) if can_extend(chunk)}
         room = min(self._scheduler.get_guess_room(chunks), GUESSES_PER_BATCH)
         lengths = dict.fromkeys(found, 0)
         for index, sequence in found.items():
-            if room <= 0:
+            if cost is None or room <= 0:
                 break
             pace = self._paces.setdefault(sequence.request_id, Pace(self._longest))
             share = min(room, max(1, GUESSES_PER_BATCH // len(found)), requests[sequence.request_id].room)
-            lengths[index] = self._scheduler.reserve(sequence, min(share, pace.get_length()))
+            lengths[index] = self._scheduler.reserve(sequence, min(share, pace.get_length(cost)))
             room -= lengths[index]
         return lengths
 

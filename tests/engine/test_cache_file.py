@@ -28,7 +28,7 @@ PROMPT = list(range(100))
 def make_engine(file: CacheFile | None, limits: Limits = LIMITS, *, draft: bool = False) -> Engine:
     executor = FakeExecutor(limits, make_ending_model(limits.vocab_size))
     small = FakeExecutor(limits, make_draft_model(limits.vocab_size, 0.5)) if draft else None
-    return Engine(executor, TOKENIZER, draft_tokens=4 * draft, draft=small, cache_file=file)
+    return Engine(executor, TOKENIZER, weigh_guesses=False, draft_tokens=4 * draft, draft=small, cache_file=file)
 
 
 def ask(engine: Engine, prompt: list[int]) -> int:

@@ -35,7 +35,7 @@ def make_draft_model(vocab_size: int, wrong: float) -> Model:
 def make_engine(draft_tokens: int, wrong: float = 0.0, limits: Limits = LIMITS, **options: bool) -> Engine:
     draft = FakeExecutor(limits, make_draft_model(limits.vocab_size, wrong)) if draft_tokens else None
     executor = FakeExecutor(limits, make_repetitive_model(limits.vocab_size))
-    return Engine(executor, TOKENIZER, draft_tokens=draft_tokens, draft=draft, **options)
+    return Engine(executor, TOKENIZER, weigh_guesses=False, draft_tokens=draft_tokens, draft=draft, **options)
 
 
 @given(traffic, limits, st.integers(1, 9), st.sampled_from([0.0, 0.3, 1.0]), st.booleans())

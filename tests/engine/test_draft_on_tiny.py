@@ -43,7 +43,7 @@ def pair() -> Iterator[tuple[TvmExecutor, TvmExecutor]]:
 def make_engine(pair: tuple[TvmExecutor, TvmExecutor], draft_tokens: int) -> Engine:
     assert PACKAGE is not None
     draft = pair[1] if draft_tokens else None
-    return Engine(pair[0], load_tokenizer(PACKAGE), draft_tokens=draft_tokens, draft=draft)
+    return Engine(pair[0], load_tokenizer(PACKAGE), weigh_guesses=False, draft_tokens=draft_tokens, draft=draft)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])

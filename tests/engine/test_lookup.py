@@ -34,7 +34,7 @@ def make_repetitive_model(vocab_size: int) -> Model:
 
 def make_engine(draft_tokens: int, limits: Limits = LIMITS, model: Model | None = None) -> Engine:
     executor = FakeExecutor(limits, model or make_repetitive_model(limits.vocab_size))
-    return Engine(executor, TOKENIZER, draft_tokens=draft_tokens)
+    return Engine(executor, TOKENIZER, weigh_guesses=False, draft_tokens=draft_tokens)
 
 
 def describe(output: Output) -> tuple:

@@ -44,7 +44,8 @@ def executor() -> Iterator[TvmExecutor]:
 
 def make_engine(executor: TvmExecutor, prefix_cache: bool, draft_tokens: int = 0) -> Engine:
     assert PACKAGE is not None
-    return Engine(executor, load_tokenizer(PACKAGE), prefix_cache=prefix_cache, draft_tokens=draft_tokens)
+    options = {"prefix_cache": prefix_cache, "draft_tokens": draft_tokens, "weigh_guesses": False}
+    return Engine(executor, load_tokenizer(PACKAGE), **options)
 
 
 def talk(engine: Engine, seed: int, others: int = 0) -> list[Output]:
