@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 
 import jsonschema
+import numpy as np
 import pytest
-from small_engines import TOKENIZER, make_engine, make_request, make_talking_engine, run_all
-from test_calls import LIMITS, parse, restless, write
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from small_engines import END, TOKENIZER, make_engine, make_request, make_talking_engine, run_all
+from test_calls import LIMITS, cut, parse, restless, write
 from tokenizers import AddedToken
 
 from engine.core import Output, Usage
@@ -97,8 +100,8 @@ def test_texts_that_look_like_numbers(name: str) -> None:
         ({"zip": "null", "other": "7"}, {"zip": "null", "other": 7}),
         ({"zip": "</parameter>", "other": "x\ny "}, {"zip": "</parameter>", "other": "x\ny "}),
     ]
-    for given, expected in cases:
-        whole = write(load_format(name), "", [("open", given)])
+    for arguments, expected in cases:
+        whole = write(load_format(name), "", [("open", arguments)])
         for at in range(len(whole)):
             _, [(_, written)] = parse(load_format(name), [whole[:at], whole[at:]], {"open": schema})
             assert json.loads(written) == expected
@@ -179,3 +182,64 @@ def test_control_tokens_that_mark_calls_are_text(tmp_path: Path) -> None:
     reader = ReplyReader(Reading(form))
     pieces = reader.read(Output("r", '[TOOL_CALLS]a[ARGS]{"city": "Oslo"}', (), Usage(1), "stop"))
     assert [(piece.kind, piece.text) for piece in pieces] == [("call", "a"), ("arguments", '{"city": "Oslo"}')]
+
+
+SCALARS = st.sampled_from(
+    [
+        {"type": "string", "maxLength": 6},
+        {"type": "string", "minLength": 1, "maxLength": 3},
+        {"type": "integer", "minimum": -9, "maximum": 120},
+        {"type": "number", "minimum": 0, "maximum": 1},
+        {"type": "boolean"},
+        {"type": "null"},
+        {"enum": ["a b", "", "7", 7, True, None]},
+        {"const": "x"},
+        {"type": ["boolean", "null"]},
+        {"anyOf": [{"type": "integer", "maximum": 5, "minimum": 0}, {"type": "boolean"}]},
+        {"$ref": "#/$defs/kind"},
+    ]
+)
+NAMED = st.text("abc_", min_size=1, max_size=3)
+
+
+def make_objects(inner: st.SearchStrategy[dict]) -> st.SearchStrategy[dict]:
+    def make(properties: dict[str, dict], required: list[str], extra: bool) -> dict:
+        closed = {} if extra and not properties else {"additionalProperties": False}
+        kept = [name for name in properties if name in required]
+        return {"type": "object", "properties": properties, "required": kept, **closed}
+
+    return st.builds(make, st.dictionaries(NAMED, inner, max_size=4), st.lists(NAMED, max_size=4), st.booleans())
+
+
+def make_arrays(inner: st.SearchStrategy[dict]) -> st.SearchStrategy[dict]:
+    bounds = st.sampled_from([{}, {"minItems": 1}, {"maxItems": 2}, {"minItems": 2, "maxItems": 3}, {"maxItems": 0}])
+    return st.builds(lambda items, bound: {"type": "array", "items": items, **bound}, inner, bounds)
+
+
+SCHEMAS = make_objects(st.recursive(SCALARS, lambda inner: make_arrays(inner) | make_objects(inner), max_leaves=6))
+
+
+@pytest.mark.parametrize("name", EVERY)
+@settings(max_examples=25, deadline=None)
+@given(schema=SCHEMAS, seed=st.integers(0, 2**32))
+def test_any_schema(name: str, schema: dict, seed: int) -> None:
+    """Whatever is drawn from what the grammar allows is read as arguments that fit the schema, at any cut."""
+    schema = {**schema, "$defs": {"kind": {"enum": ["p", "q"]}}}
+    constraint, drawn = COMPILER.compile(make_grammar(name, schema)).start(), bytearray()
+    generator, logits = np.random.default_rng(seed), np.zeros(LIMITS.vocab_size, np.float32)
+    while not constraint.finished and len(drawn) < 2000:
+        allowed = np.flatnonzero(np.isfinite(constraint.mask(logits)))
+        closing = [token for token in allowed if token in b'"})]<,0\n'] or list(allowed)
+        token = int(generator.choice(closing if generator.random() < 0.6 else allowed))
+        if END in allowed:
+            break
+        constraint.accept(token)
+        drawn.append(token)
+    else:
+        assume(constraint.finished)
+    text = drawn.decode("utf-8", "replace")
+    content, [(called, written)] = parse(load_format(name), [text], {"open": schema})
+    assert (content, called) == ("", "open")
+    jsonschema.validate(json.loads(written), schema)
+    places = generator.integers(0, len(text) + 1, 5).tolist()
+    assert parse(load_format(name), cut(text, places), {"open": schema}) == (content, [(called, written)])
