@@ -50,15 +50,29 @@ class AsyncLLM:
         """Context, batch and cache sizes."""
         return self._llm.limits
 
-    async def generate(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Output:
-        """Continue a text or tokens; the whole reply as one Output. Raises what LLM.generate raises."""
-        return await _read_all(await self.stream(prompt, params))
+    async def generate(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        timeout: float | None = None,
+    ) -> Output:
+        """Continue a text or tokens; the whole reply as one Output. See LLM.generate, which raises the same."""
+        return await _read_all(await self.stream(prompt, params, priority=priority, timeout=timeout))
 
-    async def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> AsyncReply:
+    async def stream(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        timeout: float | None = None,
+    ) -> AsyncReply:
         """As `generate`, as an asynchronous iterator of Outputs; closing or dropping it aborts."""
         # Tokenizing a long text takes a while: not on the loop.
         tokens = await asyncio.to_thread(self.tokenizer.encode, prompt) if isinstance(prompt, str) else prompt
-        return self._llm.thread.stream(tokens, params)
+        return self._llm.thread.stream(tokens, params, priority=priority, timeout=timeout)
 
     async def chat(
         self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None, **variables: Any

@@ -71,17 +71,32 @@ class LLM:
         """Context, batch and cache sizes."""
         return self.thread.limits
 
-    def generate(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Output:
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        timeout: float | None = None,
+    ) -> Output:
         """Continue a text (tokenized with the model's own beginning) or tokens; the whole reply as one Output.
 
-        Raises InvalidRequest, Overloaded or EngineStopped, and the EngineError of a reply that failed.
+        `priority`: smaller runs sooner. After `timeout` seconds it fails with DeadlineExceeded. Raises InvalidRequest,
+        Overloaded or EngineStopped, and the EngineError of a reply that failed.
         """
-        return _read_all(self.stream(prompt, params))
+        return _read_all(self.stream(prompt, params, priority=priority, timeout=timeout))
 
-    def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Reply:
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        timeout: float | None = None,
+    ) -> Reply:
         """As `generate`, as an iterator of Outputs; closing or dropping it aborts. A failed reply ends with `error`."""
         tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        return self.thread.generate(tokens, params)
+        return self.thread.generate(tokens, params, priority=priority, timeout=timeout)
 
     def chat(
         self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None, **variables: Any

@@ -35,6 +35,9 @@ def test_whole_and_streamed() -> None:
             async with await llm.stream_chat(MESSAGES, GREEDY) as reply:
                 assert "".join([output.text async for output in reply]) == "Good day"
             assert llm.get_stats().completion_tokens == 9 * 4 + 1
+            assert (await llm.embed(["a", [1, 2]])).shape == (2, LIMITS.hidden_size)
+            with pytest.raises(InvalidRequest, match="priority is 5000"):
+                await llm.generate("x", priority=5000, timeout=9)
 
     asyncio.run(talk())
 

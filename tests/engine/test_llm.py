@@ -8,12 +8,14 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 from small_engines import LIMITS, make_engine, make_talking_engine
 
 import engine
 from engine import LLM, EngineError, InvalidRequest, PackageInvalid, SamplingParams
 from engine.engine import Engine
+from engine.errors import DeadlineExceeded
 
 GREEDY = SamplingParams(temperature=0.0)
 
@@ -34,6 +36,24 @@ def test_generate(llm: LLM) -> None:
     assert llm.generate(list(b"Hello<|bot|>"), GREEDY).text == "Good day"
     assert (llm.limits, llm.tokenizer.vocab_size) == (LIMITS, 258)
     assert llm.get_stats().completion_tokens == 18
+
+
+def test_priority_and_timeout(llm: LLM) -> None:
+    assert llm.generate("Hello<|bot|>", GREEDY, priority=-5, timeout=60).text == "Good day"
+    with pytest.raises(InvalidRequest, match="priority is 5000"):
+        llm.generate("Hello", priority=5000)
+    with pytest.raises(DeadlineExceeded, match="was not complete after"):
+        llm.generate("Hello<|bot|>", GREEDY, timeout=1e-9)
+
+
+def test_embed(llm: LLM) -> None:
+    found = llm.embed(["Hello", list(b"Hello"), *"abcdef"], pooling="mean")
+    assert found.shape == (8, LIMITS.hidden_size)
+    assert np.array_equal(found[0], found[1])
+    assert np.allclose(np.linalg.norm(found, axis=1), 1)
+    assert llm.embed([]).shape == (0, LIMITS.hidden_size)
+    with pytest.raises(InvalidRequest, match="the context holds 128 tokens, and the input has 200"):
+        llm.embed(["x" * 200])
 
 
 def test_chat(llm: LLM) -> None:
