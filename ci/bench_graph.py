@@ -223,7 +223,7 @@ def doit(*args: str) -> list[str]:
     return [sys.executable, str(Path(sys.executable).with_name("doit")), *args]
 
 
-def list_cases(ours: Path, small: Path, others: Path) -> dict[str, Callable[[], tuple[float, float, str]]]:
+def list_cases(ours: Path, small: Path, one: Path, others: Path) -> dict[str, Callable[[], tuple[float, float, str]]]:
     """What is measured, by name; each call is one round."""
     count = iter(range(1_000_000))
 
@@ -243,7 +243,7 @@ def list_cases(ours: Path, small: Path, others: Path) -> dict[str, Callable[[], 
         return found
 
     cases = {
-        "mlcbuild: nothing to do, 1 variant": lambda: run(doit("build"), small),
+        "mlcbuild: nothing to do, 1 variant": lambda: run(doit("build"), one),
         "mlcbuild: nothing to do": lambda: run(doit("build", "matrix=nightly"), ours),
         "mlcbuild: plan, 1 recipe edited": change,
         "mlcbuild: restore 408 artifacts": restore,
@@ -295,15 +295,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="of every case (5)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        ours, small, others = (Path(scratch) / name for name in ("ours", "small", "others"))
+        ours, small, one, others = (Path(scratch) / name for name in ("ours", "small", "one", "others"))
         make_project(ours, options.models)
         make_project(small, 8)
+        make_project(one, 1)
         make_files_of_others(others, options.models)
         print("building everything once ...", file=sys.stderr)
         run(doit("build", "matrix=nightly"), ours)
         run(doit("build", "matrix=nightly"), small)
-        run(doit("build"), small)
-        cases, found = list_cases(ours, small, others), defaultdict(list)
+        run(doit("build"), one)
+        cases, found = list_cases(ours, small, one, others), defaultdict(list)
         for number in range(options.rounds):
             print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
             for name, case in cases.items():

@@ -12,6 +12,8 @@ from typing import Any
 
 from mlcbuild.graph.plan import call, get_plan
 
+ALONE = True
+
 
 def task_explain() -> dict[str, Any]:
     """say what a build would do, and why"""

@@ -96,6 +96,7 @@ class Run(DoitRun):
         """doit's own `run`."""
         check_remote()
         collect_rarely(True)
+        settings.tasks = tuple(args)
         if settings.executor == "dask":
             use_dask(params)
         if params["num_process"] and params["par_type"] == "process":

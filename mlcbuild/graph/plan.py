@@ -6,6 +6,7 @@ what it has. A file of tasks/ may hold
     make_actions(plan) and run(ctx)    a cached step; the doit tasks are `step:name` (see action.py)
     task_*()                           plain doit tasks
     VARIABLES = {"port": "..."}        variables that it understands, for `doit serve port=8000`; others are refused
+    ALONE = True                       its task, called as the file, needs no other: doit is then given no other
 
 A command that works on one package, such as serve or chat, is a plain task made by `make_package_task`; it builds what
 the variables select first and is given the package's folder:
@@ -36,8 +37,8 @@ from mlcbuild.errors import MlcbuildError, RecipeError, UnknownNameError
 from mlcbuild.graph import settings
 from mlcbuild.graph.action import Action
 from mlcbuild.recipes.load import Recipes, load_recipes
-from mlcbuild.recipes.machine import Machine, has_program, load_machine
-from mlcbuild.recipes.matrix import AXES, VARIABLES, Variant, can_run, find_conflict, make_variants, matches
+from mlcbuild.recipes.machine import has_program
+from mlcbuild.recipes.matrix import AXES, VARIABLES, LazyMachine, Variant, find_conflict, make_variants, matches
 from mlcbuild.recipes.names import check_name
 
 if TYPE_CHECKING:
@@ -155,14 +156,24 @@ def load_tasks(root: Path) -> dict[str, Any]:
     except MlcbuildError as error:
         raise InvalidDodoFile(str(error)) from None
     _plans.append(plan)
+    alone = list_alone(plan.modules)
     creators = {
         name: value
-        for module in plan.modules
+        for module in alone or plan.modules
         for name, value in inspect.getmembers(module, inspect.isfunction)
         if name.startswith("task_") and value.__module__ == module.__name__
     }
     config = {"default_tasks": [build.task for build in plan.selected]}
-    return {**creators, "task_actions": make_tasks, "DOIT_CONFIG": config}
+    actions = {} if alone else {"task_actions": make_tasks}
+    return {**creators, **actions, "DOIT_CONFIG": config}
+
+
+def list_alone(modules: Sequence[ModuleType]) -> list[ModuleType]:
+    """The files of the tasks that were asked for, if all of these do without others, which are many in a large matrix;
+    else none."""
+    names = {f"tasks.{name}" for name in settings.settings.tasks}
+    found = [module for module in modules if module.__name__ in names and getattr(module, "ALONE", False)]
+    return found if len(found) == len(names) else []
 
 
 def get_variables() -> dict[str, str]:
@@ -202,20 +213,6 @@ def load_task_modules(root: Path) -> tuple[ModuleType, ...]:
     """The files of tasks/, imported; their names are the registry of steps."""
     names = sorted(path.stem for path in (root / "tasks").glob("[a-z]*.py"))
     return tuple(importlib.import_module(f"tasks.{name}") for name in names)
-
-
-class LazyMachine:
-    """This machine, looked at when a target asks; the GPU only for GPU targets, since nvidia-smi is slow."""
-
-    def __init__(self) -> None:
-        self.machines: dict[bool, Machine] = {}
-
-    def can_run(self, target: Target) -> bool:
-        """Whether the target's libraries run here."""
-        gpu = target.kind != "cpu"
-        if gpu not in self.machines:
-            self.machines[gpu] = load_machine(gpu=gpu)
-        return can_run(target, self.machines[gpu])
 
 
 def make_build(variant: Variant, recipes: Recipes, machine: LazyMachine) -> Build:

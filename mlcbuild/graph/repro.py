@@ -119,7 +119,7 @@ def rebuild(plan: Plan, other: Path) -> None:
 
 def compare_action(action: Action, here: Workspace, there: Workspace) -> Comparison:
     """The key and the files of one action here and there."""
-    ours, theirs = (set(workspace.list_outputs(action)) for workspace in (here, there))
+    ours, theirs = (set(workspace.get_outputs(action)) for workspace in (here, there))
     files = {path for path in ours | theirs if PRIVATE not in Path(path).parents}
     differences = list(compare_keys(action, here, there))
     for path in sorted(files):

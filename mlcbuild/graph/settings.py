@@ -24,13 +24,14 @@ class Settings:
     task says how far it is (see Report in action.py).
     `warn`: where something is said that does not fail the build. `remote`: URL of the remote cache, "" for the one of
     MLCBUILD_REMOTE. `offline`: neither remote cache nor downloads. `executor`: local, or dask with its
-    `scheduler`."""
+    `scheduler`. `tasks`: those that were asked for by name."""
 
     always: bool = False
     tell: Callable[..., None] = ignore_report
     warn: Callable[[str], None] = write_warning
     remote: str = ""
     offline: bool = False
+    tasks: tuple[str, ...] = ()
     executor: str = "local"
     scheduler: str = ""
 

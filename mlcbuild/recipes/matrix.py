@@ -284,6 +284,20 @@ def check_capability(recipes: Recipes, what: str, word: str) -> None:
         raise RecipeError(f"{what} needs {word}, which no target provides", hint=hint)
 
 
+class LazyMachine:
+    """This machine, looked at when a target asks; the GPU only for GPU targets, since nvidia-smi is slow."""
+
+    def __init__(self) -> None:
+        self.machines: dict[bool, Machine] = {}
+
+    def can_run(self, target: Target) -> bool:
+        """Whether the target's libraries run here."""
+        gpu = target.kind != "cpu"
+        if gpu not in self.machines:
+            self.machines[gpu] = load_machine(gpu=gpu)
+        return can_run(target, self.machines[gpu])
+
+
 def choose_target(recipes: Recipes, alias: str, machine: Machine) -> Target:
     """The named target that cpu or cuda means on a machine: the one of highest rank that can run on it.
 

@@ -18,6 +18,7 @@ from mlcbuild.graph import plan as planning
 from mlcbuild.graph.action import make_canonical_json
 from mlcbuild.graph.code import CodeDigests
 from mlcbuild.graph.plan import Plan, load_plan, load_tasks, make_package_task, make_tasks, run_on_package
+from mlcbuild.recipes import matrix
 from mlcbuild.recipes.machine import Machine
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +31,7 @@ NAMES = {"model": "tiny", "quantization": "q4f16_1", "target": "x86-64-v3"}
 def _machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that runs x86-64-v3 and v4, and has no GPU."""
     flags = "avx avx2 bmi1 bmi2 f16c fma abm movbe xsave avx512f avx512bw avx512cd avx512dq avx512vl"
-    monkeypatch.setattr(planning, "load_machine", lambda gpu: Machine("x86_64", frozenset(flags.split())))
+    monkeypatch.setattr(matrix, "load_machine", lambda gpu: Machine("x86_64", frozenset(flags.split())))
     monkeypatch.setattr(planning, "_plans", [])
 
 
