@@ -143,6 +143,8 @@ def test_metrics(page: Page) -> None:
     text = """# HELP mlcbuild_requests_running Requests in the batch
 # TYPE mlcbuild_requests_running gauge
 mlcbuild_requests_running 3
+# TYPE mlcbuild_build_info gauge
+mlcbuild_build_info{artifact="tiny/q4f16_1/here",model_name="tiny",target="here",version="0.1.0"} 1
 # TYPE mlcbuild_requests_total counter
 mlcbuild_requests_total{route="/v1/chat",finish_reason="a \\"b\\""} 7
 # TYPE mlcbuild_time_to_first_token_seconds histogram
@@ -162,6 +164,7 @@ mlcbuild_time_to_first_token_seconds_count 10
     assert running == "requests running 3"
     assert total.startswith('requests route=/v1/chat finish_reason=a "b" 7')
     assert first == "time to first token 10 120 ms 100 ms 190 ms 198 ms"
+    assert page.locator(".build").inner_text() == "tiny/q4f16_1/here, served by mlcbuild 0.1.0"
     table = page.get_by_role("region", name="Now")
     table.focus()
     page.unroute_all()

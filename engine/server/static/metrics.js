@@ -105,7 +105,11 @@ export class MetricsView {
       ["First token, p50", first, "_seconds", firstMore],
       ["Between tokens, p50", between, "_seconds", betweenMore],
     ];
-    if (!this.#tables.size) this.#element.replaceChildren(make("ul", { class: "tiles", "aria-label": "At a glance" }));
+    if (!this.#tables.size) {
+      this.#element.replaceChildren(make("ul", { class: "tiles", "aria-label": "At a glance" }), make("p", { class: "build hint" }));
+    }
+    const builds = (find("build_info")?.samples ?? []).map(({ labels }) => `${labels.artifact}, served by mlcbuild ${labels.version}`);
+    this.#element.querySelector(".build").textContent = builds.join("; ");
     const shown = tiles.filter(([, value]) => value !== undefined);
     this.#element.querySelector(".tiles").replaceChildren(...shown.map(([name, value, unit, more]) => {
       const curve = makeCurve(this.#keep(`tile ${name}`, value));
