@@ -37,6 +37,7 @@ MOST_GROWTH = 1.0 if SECONDS >= 600 else 15.0  # MiB a minute
 MOST_IDLE = 0.01  # of one core
 CHAT = "/v1/chat/completions"
 BUSY = (429, 503)
+PATIENCE = 60  # seconds for an answer
 WORDS = ["say", "rain", "Oslo", "seven", "naïve", "東京", "😀", "x" * 30, "<tool_call>", "and"]
 
 
@@ -201,12 +202,15 @@ async def run_all(url: str, pid: int, seen: Counter[str]) -> list[tuple[float, f
     sizes: list[tuple[float, float]] = []
     start = time.monotonic()
     limits = httpx2.Limits(max_connections=None)
-    async with httpx2.AsyncClient(base_url=url, timeout=60, limits=limits, trust_env=False) as http:
+    async with httpx2.AsyncClient(base_url=url, timeout=PATIENCE, limits=limits, trust_env=False) as http:
         people = [asyncio.create_task(Person(i, http, seen).run(start + SECONDS)) for i in range(CLIENTS)]
         while time.monotonic() < start + SECONDS and not any(person.done() for person in people):
             sizes.append(((time.monotonic() - start) / 60, count_resident(pid)))
             await asyncio.sleep(1)
-        await asyncio.gather(*people)
+        try:
+            await asyncio.gather(*people)
+        except httpx2.TimeoutException:
+            raise AssertionError(f"no answer within {PATIENCE} s: {read_gauges(url)}") from None
     return sizes
 
 
