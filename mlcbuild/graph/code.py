@@ -19,6 +19,7 @@ import importlib.util
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -95,8 +96,11 @@ class CodeDigests:
         self._memo: dict[str, Any] = {}
         self._changed = False
         self._sources: dict[str, Source | None] = {}
-        self._files: set[Path] = set()
         self._closures: dict[tuple[str, tuple[str, ...]], dict[str, str]] = {}
+        self._files: dict[Path, list[int]] = {}
+        self._began = time.time_ns()
+        self._known: dict[str, Source] = {}  # as modules were when they were imported, or will be
+        self._stale: dict[str, Path] = {}  # modules that were imported before their file was edited
         with contextlib.suppress(FileNotFoundError, ValueError):
             self._memo = json.loads(path.read_text("utf-8"))
 
@@ -122,6 +126,8 @@ class CodeDigests:
         closure = {}
         for name, indices in sorted(reached.items()):
             source = self._get_source(name)
+            if name in self._stale:
+                raise StepError(f"{self._stale[name]} changed while the build runs", hint="run the same command again")
             if indices and source is not None:
                 digests = "".join(source.statements[index].digest for index in sorted(indices))
                 closure[name] = hashlib.sha256(digests.encode()).hexdigest()
@@ -130,6 +136,13 @@ class CodeDigests:
     def list_files(self) -> list[Path]:
         """Every source file that was looked at so far."""
         return sorted(self._files)
+
+    def renew(self) -> None:
+        """Look at every file again if one of them is no longer as it was."""
+        if any(not path.exists() or list(get_stat(path)) != stat for path, stat in self._files.items()):
+            self._sources.clear()
+            self._closures.clear()
+            self._files.clear()
 
     def save(self) -> None:
         """Write the memo, if anything was parsed; one that cannot be written costs time only."""
@@ -174,15 +187,23 @@ class CodeDigests:
 
     def _get_source(self, name: str) -> Source | None:
         if name not in self._sources:
-            self._sources[name] = self._load_source(name)
+            source = self._sources[name] = self._load_source(name)
+            path = find_module(name)
+            edited = path is not None and self._files[path][3] > self._began
+            if source is None or path is None or self._known.get(name) == source:
+                self._stale.pop(name, None)
+            elif edited and name in sys.modules:
+                self._stale[name] = path
+            else:
+                self._known[name] = source
         return self._sources[name]
 
     def _load_source(self, name: str) -> Source | None:
         path = find_module(name)
         if path is None:
             return None
-        self._files.add(path)
         stat, remembered = list(get_stat(path)), self._memo.get(str(path))
+        self._files[path] = stat
         if remembered and remembered[:2] == [stat, name]:
             statements, loads, whole = remembered[2]
             return Source(tuple(_restore(values) for values in statements), tuple(loads), whole)

@@ -28,6 +28,7 @@ from mlcbuild.graph.settings import EXECUTORS, collect_rarely, go_offline, is_on
 from mlcbuild.graph.snapshot import get_snapshot_path, load_fresh_snapshot
 
 if TYPE_CHECKING:
+    from mlcbuild.graph.plan import Plan
     from mlcbuild.graph.reporter import Reporter
 
 INTERRUPTED = 130
@@ -173,6 +174,8 @@ class Build(Run):
         started_ns = time.time_ns()
         result = int(super().run(params, []) or 0)
         plan = get_plan()
+        if result == 0 and not (reporter is not None and reporter.count_done() == 0):
+            result = check_result(plan)
         rows = [summary.load_row(plan.root, build) for build in plan.selected] if result == 0 else []
         if result == 0:
             summary.save_snapshot_of(plan, snapshot, started_ns)
@@ -193,6 +196,21 @@ class Build(Run):
 
         params["reporter"] = Reporter(sys.stdout, {})
         return params["reporter"]  # type: ignore[no-any-return]
+
+
+def check_result(plan: Plan) -> int:
+    """0, or 2 when what was built is no longer what was asked for: somebody else was at work there."""
+    from mlcbuild.graph.execute import is_uptodate
+    from mlcbuild.graph.explain import list_needed
+
+    settings.always = False
+    stale = [action.task for action in list_needed(plan) if not is_uptodate(action, str(plan.root))]
+    if stale:
+        sys.stderr.write(
+            f"ERROR: changed while it was built, by an edit or by another build: {', '.join(stale)}\n"
+            "  hint: run the same command again\n"
+        )
+    return 2 if stale else 0
 
 
 def check_files(names: Sequence[str]) -> None:

@@ -31,6 +31,7 @@ from mlcbuild.graph.action import (
     make_key,
     make_specification,
 )
+from mlcbuild.graph.changes import list_code_changes
 from mlcbuild.graph.code import CodeDigests
 from mlcbuild.graph.digest import DigestMemo, get_location, get_stat, open_file
 from mlcbuild.graph.settings import collect_rarely, settings
@@ -101,6 +102,20 @@ class Workspace:
     def is_known_current(self, action: Action) -> bool:
         """Whether has_nothing_to_do has said so, or the action has been executed in this process."""
         return action.task in self._current
+
+    def check_unchanged(self, action: Action, specification: Mapping[str, Any]) -> None:
+        """StepError if inputs or code are no longer what a key was made of: a result may be of both, or of neither."""
+        self.code.renew()
+        now = self.make_specification(action)
+        inputs = [
+            str(action.inputs[name]) for name in now["inputs"] if now["inputs"][name] != specification["inputs"][name]
+        ]
+        changed = [*inputs, *list_code_changes(specification["code"], now["code"])]
+        if changed:
+            raise StepError(
+                f"{action.task}: {changed[0].removesuffix(' changed')} changed while it ran, so nothing was kept of it",
+                hint="run the same command again, with no other build or editor at work on it",
+            )
 
     def is_current(self, action: Action, key: str) -> bool:
         """Whether the outputs are those of `key`, untouched since they were placed."""
@@ -240,7 +255,12 @@ def _make(
         outputs = {name: scratch / "out" / name / path.name for name, path in action.outputs.items()}
         for path in outputs.values():
             path.parent.mkdir(parents=True)
-        _run(workspace, action, outputs, report)
+        try:
+            _run(workspace, action, outputs, report)
+        except Exception:
+            workspace.check_unchanged(action, specification)  # it may have failed for that
+            raise
+        workspace.check_unchanged(action, specification)
         blobs = {name: make_blobs(name, path, workspace.memo) for name, path in outputs.items()}
         record = Record(key, specification, blobs, time.perf_counter() - started)
         workspace.store.save(record, outputs)

@@ -54,8 +54,9 @@ def explain_plan(plan: Plan) -> list[Forecast]:
     return list(forecasts.values())
 
 
-def list_needed(plan: Plan) -> list[Action]:
-    """The actions behind the selected variants, each after those that make its inputs."""
+def list_needed(plan: Plan, *, verified: bool = True) -> list[Action]:
+    """The actions behind the selected variants, with or without their verification, each after those that make its
+    inputs."""
     needed: dict[str, Action] = {}
 
     def add(task: str) -> None:
@@ -67,7 +68,8 @@ def list_needed(plan: Plan) -> list[Action]:
 
     for build in plan.selected:
         add(f"package:{build.id}")
-        add(f"verify:{build.id}")  # only where this machine can run it
+        if verified:
+            add(f"verify:{build.id}")  # only where this machine can run it
     return list(needed.values())
 
 

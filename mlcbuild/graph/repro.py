@@ -20,6 +20,7 @@ from mlcbuild.graph.action import PRIVATE, Action
 from mlcbuild.graph.changes import list_changes
 from mlcbuild.graph.digest import BLOCK, DigestMemo
 from mlcbuild.graph.execute import Workspace, get_workspace, remove
+from mlcbuild.graph.explain import list_needed
 from mlcbuild.graph.store import Store
 from mlcbuild.recipes.matrix import VARIABLES
 
@@ -46,7 +47,7 @@ def reproduce(plan: Plan) -> list[Comparison]:
     other = plan.root / FOLDER
     remove(other)
     copy_sources(plan.root, other)
-    actions = list_actions(plan)
+    actions = list_needed(plan, verified=False)
     share_downloads(plan, actions, other)
     rebuild(plan, other)
     here, there = (Workspace(root, root / STORE) for root in (plan.root, other))
@@ -73,22 +74,6 @@ def link_or_copy(source: str, destination: str) -> None:
         os.link(source, destination)
     except OSError:
         shutil.copy2(source, destination)
-
-
-def list_actions(plan: Plan) -> list[Action]:
-    """What the packages of the selected variants are made by, each after those that it needs."""
-    found: dict[str, Action] = {}
-
-    def add(task: str) -> None:
-        action = plan.actions.get(task)
-        if action is not None and task not in found:
-            for name in action.after:
-                add(name)
-            found[task] = action
-
-    for build in plan.selected:
-        add(f"package:{build.id}")
-    return list(found.values())
 
 
 def share_downloads(plan: Plan, actions: list[Action], other: Path) -> None:
