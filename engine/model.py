@@ -13,7 +13,7 @@ from engine.artifact import Package, open_package
 from engine.core import SamplingParams
 from engine.llm import make_package_engine
 from engine.runtime.memory import Budget
-from engine.text.calls import CallFormat, load_format
+from engine.text.call_format import CallFormat, load_format
 from engine.thread import DEFAULT_QUEUE_LIMIT, EngineThread
 
 

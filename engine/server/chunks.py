@@ -11,7 +11,7 @@ from engine.server.completion import find_error, make_logprobs, make_timings, ma
 from engine.server.protocol.chat import ChatChunk, ChatRequest, ChunkChoice, Delta, Logprobs, Timings
 from engine.server.protocol.chat import Usage as WireUsage
 from engine.server.protocol.tools import make_call_delta
-from engine.text.calls import Piece
+from engine.text.call_format import Piece
 from engine.text.reading import Reading, ReplyReader
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from engine.server.protocol.tools import make_call_id
-from engine.text.calls import Piece
+from engine.text.call_format import Piece
 
 Event = tuple[str, dict[str, Any]]
 

@@ -8,55 +8,26 @@ between tags (engine/text/tagged.py) or literals of another language (engine/tex
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import importlib.util
-import json
-import re
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal
 
-from engine.errors import PackageInvalid
 from engine.sampling.grammar import make_json_rule
+from engine.text.call_format import (
+    NAME,
+    ArgumentReader,
+    CallParser,
+    Piece,
+    Schema,
+    Signature,
+    Spelling,
+    escape,
+    get_overlap,
+    quote,
+)
 
-Schema = Mapping[str, Any]
-NAME = re.compile(r"[a-zA-Z0-9_.:/-]{1,128}")  # of a function
 ID_LENGTH = 9  # of an id that Mistral's templates accept
-
-
-@dataclass(frozen=True, slots=True)
-class Signature:
-    """A function that may be called. `parameters`: a JSON schema of type object.
-
-    `lenient`: let go of what the schema asks for beyond what can be held to.
-    """
-
-    name: str
-    parameters: Schema
-    lenient: bool = False
-
-
-class ArgumentReader(Protocol):
-    """Turns the arguments of one call into JSON as they come."""
-
-    done: bool
-
-    def read(self, text: str) -> tuple[int, str]:
-        """How many characters of `text` are understood, and the JSON that they add. The others are shown again."""
-
-
-class Spelling(Protocol):
-    """How the arguments of a call are written: the rules that hold them to a schema, and the reader of what comes."""
-
-    def make_rules(self, name: str, function: Signature) -> list[str]:
-        """Lark rules of which the first is called `name`; others begin with it. Raises InvalidRequest."""
-
-    def start(self, schema: Schema) -> ArgumentReader:
-        """A reader for one call of a function with these parameters."""
-
-    def get_marks(self) -> str:
-        """All fixed texts."""
 
 
 class Json:
@@ -73,46 +44,6 @@ class Json:
     def get_marks(self) -> str:
         """None."""
         return ""
-
-
-class CallParser(Protocol):
-    """Reads a reply piece by piece: `push` each text, then `finish` once. How the text was cut makes no difference."""
-
-    count: int  # calls so far
-
-    @property
-    def within_call(self) -> bool:
-        """A call has begun, and its end has not come."""
-
-    def push(self, text: str) -> list[Piece]:
-        """What the reply gains with `text`; empty while it may mean several things."""
-
-    def finish(self) -> list[Piece]:
-        """The reply has ended: the rest of its text."""
-
-
-class CallFormat(Protocol):
-    """How a model spells its calls, as a module of engine/text/formats/ says it.
-
-    `whole`: calls are the whole reply. `channels`: thoughts and answers have marks of their own, so that every reply
-    must be read by the format's parser.
-    """
-
-    @property
-    def whole(self) -> bool: ...
-
-    @property
-    def channels(self) -> bool: ...
-
-    def make_grammar(
-        self, functions: Sequence[Signature], *, required: bool, parallel: bool, not_first: str = ""
-    ) -> str: ...
-
-    def make_answer_grammar(self, grammar: str) -> str: ...
-
-    def make_parser(self, schemas: Mapping[str, Schema]) -> CallParser: ...
-
-    def get_marks(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,29 +91,6 @@ class Shape:
         return "".join(texts) + self.spelling.get_marks()
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Something that a reply has gained: text for the reader, the start of call `index` (the text is the function's
-    name), or more of its arguments. `id`: of a call, if its format has ids of its own.
-    """
-
-    kind: Literal["content", "reasoning", "call", "arguments"]
-    text: str
-    index: int = 0
-    id: str = ""
-
-
-def load_format(name: str) -> CallFormat:
-    """The format in engine/text/formats/<name>.py. Raises PackageInvalid when there is no such format."""
-    module = f"engine.text.formats.{name}"
-    if not re.fullmatch("[a-z0-9_]+", name) or importlib.util.find_spec(module) is None:
-        raise PackageInvalid(
-            f"the package's tool-call format {name!r} is not known here", hint="mend chat.tool_format in its recipe"
-        )
-    found: CallFormat = importlib.import_module(module).SHAPE
-    return found
-
-
 def make_calls_grammar(
     shape: Shape, functions: Sequence[Signature], *, required: bool, parallel: bool, not_first: str = ""
 ) -> str:
@@ -211,16 +119,6 @@ def make_calls_grammar(
         lines.append(f"call_{i}: {name} arguments_{i} {quote(shape.after_arguments)}")
         lines += shape.spelling.make_rules(f"arguments_{i}", function)
     return "\n".join(lines)
-
-
-def quote(text: str) -> str:
-    """`text` as a string of Lark; nothing for an empty one."""
-    return json.dumps(text, ensure_ascii=False) if text else ""
-
-
-def escape(text: str) -> str:
-    """`text` as a regular expression between slashes."""
-    return re.sub(r"([\\.+*?()|\[\]{}^$/])", r"\\\1", text).replace("\n", "\\n")
 
 
 State = Literal["text", "opening", "name", "arguments", "after", "next", "end"]
@@ -349,14 +247,6 @@ class ShapeParser:
         pieces.append(Piece("content", self._held))
         self._held = ""
         return False
-
-
-def get_overlap(text: str, marker: str) -> int:
-    """Length of the longest end of `text` that `marker` begins with."""
-    for length in range(min(len(marker) - 1, len(text)), 0, -1):
-        if text.endswith(marker[:length]):
-            return length
-    return 0
 
 
 class JsonReader:

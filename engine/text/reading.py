@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.core import FinishReason, Output
-from engine.text.calls import CallFormat, Piece, Schema, load_format
+from engine.text.call_format import CallFormat, Piece, Schema, load_format
 from engine.text.reasoning import Thinking, ThoughtParser
 
 

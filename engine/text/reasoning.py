@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from engine.text.calls import Piece, escape, get_overlap
+from engine.text.call_format import Piece, escape, get_overlap
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.sampling.grammar import make_json_rule
-from engine.text.calls import ArgumentReader, Schema, Signature, escape, get_overlap, quote
+from engine.text.call_format import ArgumentReader, Schema, Signature, escape, get_overlap, quote
 from engine.text.schemas import Schemas, check_strict, get_values, name_type
 
 OBEYED = frozenset({"type", "enum", "const", "anyOf", "oneOf", "minLength", "maxLength"})  # in a text

@@ -16,7 +16,8 @@ from engine.errors import PackageInvalid
 from engine.runtime.fake import make_hash_model
 from engine.sampling.grammar import GrammarCompiler
 from engine.text import formats
-from engine.text.calls import Json, JsonReader, Piece, Shape, Signature, load_format
+from engine.text.call_format import Piece, Signature, load_format
+from engine.text.calls import Json, JsonReader, Shape
 from engine.text.literals import Literals
 from engine.text.schemas import PLAIN
 from engine.text.tagged import Tagged

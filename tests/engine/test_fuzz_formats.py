@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from engine.core import Output, Usage
 from engine.text import formats
-from engine.text.calls import Piece, load_format
+from engine.text.call_format import Piece, load_format
 from engine.text.reading import Reading, ReplyReader, join_pieces
 from engine.text.reasoning import Thinking
 

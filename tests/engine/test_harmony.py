@@ -13,7 +13,7 @@ from test_calls import LIMITS, WEATHER, cut, make_functions, restless
 from test_reasoning import read
 
 from engine.sampling.grammar import GrammarCompiler, make_json_grammar
-from engine.text.calls import load_format
+from engine.text.call_format import load_format
 from engine.text.reading import Reading
 
 HARMONY = load_format("harmony")

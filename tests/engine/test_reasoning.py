@@ -18,7 +18,7 @@ from engine.sampling.grammar import (
     make_json_grammar,
     make_regex_grammar,
 )
-from engine.text.calls import Piece, load_format
+from engine.text.call_format import Piece, load_format
 from engine.text.reading import Reading, ReplyReader
 from engine.text.reasoning import Thinking, add_thinking, find_thinking
 

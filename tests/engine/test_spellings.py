@@ -17,7 +17,7 @@ from tokenizers import AddedToken
 from engine.core import Output, Usage
 from engine.errors import InvalidRequest
 from engine.sampling.grammar import GrammarCompiler
-from engine.text.calls import Signature, load_format
+from engine.text.call_format import Signature, load_format
 from engine.text.reading import Reading, ReplyReader, get_marks
 from engine.text.tokenizer import load_tokenizer
 

@@ -24,7 +24,7 @@ from engine.core import Limits, SamplingParams
 from engine.engine import Engine
 from engine.model import LoadedModel
 from engine.runtime.fake import FakeExecutor
-from engine.text.calls import load_format
+from engine.text.call_format import load_format
 from engine.text.tokenizer import Tokenizer, load_tokenizer
 from engine.thread import EngineThread
 

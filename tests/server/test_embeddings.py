@@ -74,5 +74,5 @@ def test_what_is_refused(http: httpx.Client, fields: dict, param: str | None, te
 def test_they_are_counted(client: openai.OpenAI, http: httpx.Client) -> None:
     embed(client, ["a", "b"])
     series = http.get("/metrics").text
-    (line,) = [row for row in series.splitlines() if "requests_total" in row and "/v1/embeddings" in row]
-    assert 'finish_reason="stop"' in line
+    lines = [row for row in series.splitlines() if "requests_total" in row and "/v1/embeddings" in row]
+    (line,) = [row for row in lines if 'finish_reason="stop"' in row]  # others here were refused half-way

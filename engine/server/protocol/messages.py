@@ -15,7 +15,7 @@ from engine.errors import InvalidRequest
 from engine.server.protocol.chat import MAX_MESSAGES, REQUEST
 from engine.server.protocol.errors import ErrorBody
 from engine.server.protocol.tools import MAX_TOOLS, make_calls
-from engine.text.calls import Piece
+from engine.text.call_format import Piece
 
 # Claude Code puts this line, another one in each request, before everything else: no prefix would ever be found again.
 BILLING = re.compile(r"\Ax-anthropic-billing-header:[^\n]*\n*")

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from engine.errors import InvalidRequest
-from engine.text.calls import NAME, CallFormat, Piece, Signature
+from engine.text.call_format import NAME, CallFormat, Piece, Signature
 
 STRICT = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 MAX_TOOLS = 128

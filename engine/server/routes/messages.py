@@ -37,7 +37,7 @@ from engine.server.sse import EventStream
 from engine.server.state import check_model_name, get_model, get_settings
 from engine.server.translate import check_chat, make_named_event
 from engine.server.wishes import check_supported, get_schedule, make_params, make_prompt, make_reading
-from engine.text.calls import Piece
+from engine.text.call_format import Piece
 from engine.text.reading import ReplyReader
 
 router = APIRouter()

@@ -13,7 +13,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from engine.text.calls import CallParser, Json, JsonReader, Piece, Schema, Signature, get_overlap, quote
+from engine.text.call_format import CallParser, Piece, Schema, Signature, get_overlap, quote
+from engine.text.calls import Json, JsonReader
 
 END, MESSAGE, CHANNEL = "<|end|>", "<|message|>", "<|channel|>"
 MARKS = (END, MESSAGE, CHANNEL, "<|start|>", "<|constrain|>")
