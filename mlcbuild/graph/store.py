@@ -60,7 +60,8 @@ class Store:
             for name in ("ac", "cas", "locks", "scratch"):
                 (root / name).mkdir(parents=True, exist_ok=True)
             if not os.access(root / "ac", os.W_OK):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+                code = errno.EROFS if os.statvfs(root).f_flag & os.ST_RDONLY else errno.EACCES
+                raise OSError(code, os.strerror(code))
         except OSError as error:
             if error.errno == errno.ENOSPC:
                 raise

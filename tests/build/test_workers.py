@@ -77,6 +77,32 @@ def test_a_stopped_build_takes_everything_with_it(project: Path, number: signal.
     check_rest(project)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_build_without_workers_leaves_no_program_either(project: Path, number: signal.Signals) -> None:
+    """The step waits for a program that it has started, as the compile step does for the linker."""
+    convert = project / "tasks" / "convert.py"
+    edit = '    import subprocess\n    if "FAKE_SLEEP" in os.environ: subprocess.run(["sleep", "61"])\n    time.sleep('
+    convert.write_text(convert.read_text().replace("    time.sleep(", edit))
+    process = subprocess.Popen(
+        make_command("build"),
+        cwd=project,
+        env=make_environment(project, FAKE_SLEEP="60"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_until(lambda: "sleep" in list_processes(project).values())
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in out + err
+    assert list_processes(project) == {}
+    assert not (project / "artifacts" / "weights").exists()
+    take_log(project)
+    assert doit(project, "build").returncode == 0
+    assert take_log(project) == ["convert 4", "package", "verify"]
+
+
 def test_workers_do_not_outlive_a_killed_build(project: Path) -> None:
     process = start(project)
     process.kill()

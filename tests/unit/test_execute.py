@@ -246,6 +246,45 @@ def test_a_small_file_system(checkout: Path, monkeypatch: pytest.MonkeyPatch) ->
         subprocess.run(["umount", small], check=True)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a file system")
+def test_a_read_only_store(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = checkout.parent / "read only"
+    store.mkdir()
+    monkeypatch.setenv("MLCBUILD_STORE", str(store))
+    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", store], check=False, capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        assert run(checkout) == "run"
+        subprocess.run(["mount", "-o", "remount,ro", store], check=True)
+        assert run(checkout) == "ok"  # what is built needs no store
+        with pytest.raises(StoreError) as caught:
+            run(checkout, bits=3)
+        assert str(caught.value) == (
+            f"the content store {store} cannot be written: Read-only file system\n"
+            "  hint: point MLCBUILD_STORE at a folder that you may write to, or unset it"
+        )
+        assert (checkout / "artifacts/weights/tiny/copy.txt").read_text() == "source 4"
+        subprocess.run(["mount", "-o", "remount,rw", store], check=True)
+        assert run(checkout, bits=3) == "run"
+    finally:
+        subprocess.run(["umount", store], check=True)
+
+
+@pytest.mark.parametrize("damage", [b"", b"w" * (BIG // 2), b"w" * (BIG - 1) + b"v"], ids=["empty", "cut", "flipped"])
+def test_a_damaged_blob_is_made_anew(checkout: Path, damage: bytes) -> None:
+    """The output is gone and the blob is damaged: it is quarantined, and the step runs again."""
+    run(checkout)
+    (blob,) = [
+        path for path in (checkout.parent / "store/cas").rglob("*") if path.is_file() and path.stat().st_size == BIG
+    ]
+    shutil.rmtree(checkout / "artifacts/weights")
+    blob.chmod(0o644)
+    blob.write_bytes(damage)
+    assert run(checkout) == "run"
+    assert [path.name for path in (checkout.parent / "store/quarantine").iterdir()] == [blob.name]
+    assert (checkout / "artifacts/weights/tiny/big.bin").read_bytes() == blob.read_bytes() == b"w" * BIG
+
+
 def test_doit_gets_a_failure_without_traceback(checkout: Path) -> None:
     from doit.exceptions import TaskFailed
 
