@@ -64,7 +64,7 @@ def test_stream(model: LoadedModel) -> None:
 def test_a_stream_that_is_left_ends_its_replies(model: LoadedModel) -> None:
     stream = Client(model).chat.completions.create(messages=say("slow"), stream=True, n=3)
     assert next(c for c in stream if c.choices[0].delta.content).choices[0].delta.content
-    assert model.engine.get_stats().running == 3
+    wait_until(lambda: model.engine.get_stats().running == 3)
     stream.close()
     wait_until(lambda: model.engine.get_stats().running == 0)
 

@@ -40,13 +40,16 @@ def test_a_taken_port_is_said_before_the_package_is_opened(monkeypatch: pytest.M
 
 
 def test_sampling_defaults_of_a_package(tmp_path: Path) -> None:
-    package = SimpleNamespace(chat_config=tmp_path / "chat.json", generation_config=tmp_path / "generation.json")
+    manifest = SimpleNamespace(recipes={"model": {"chat": {"stop": ["<end>"]}}})
+    files = {"chat_config": tmp_path / "chat.json", "manifest": manifest}
+    package = SimpleNamespace(**files, generation_config=tmp_path / "generation.json")
 
     def load(config: dict, generation: dict | None) -> tuple[float, float, int]:
         (tmp_path / "chat.json").write_text(json.dumps(config))
         (tmp_path / "generation.json").write_text(json.dumps(generation))
         path = None if generation is None else tmp_path / "generation.json"
-        params = load_defaults(SimpleNamespace(chat_config=tmp_path / "chat.json", generation_config=path))  # type: ignore[arg-type]
+        params = load_defaults(SimpleNamespace(**files, generation_config=path))  # type: ignore[arg-type]
+        assert params.stop == ("<end>",)
         return params.temperature, params.top_p, params.top_k
 
     assert load({}, None) == (1.0, 1.0, 0)
