@@ -11,6 +11,7 @@ exit status.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -22,6 +23,7 @@ from typing import Any, NoReturn
 
 # Audit events of Python that change files (or say that it is about to); reading is not worth a crash.
 CHANGES = frozenset({"os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.utime", "open"})
+PR_SET_CHILD_SUBREAPER = 36  # of Linux
 PRELOAD = (
     "doit.doit_cmd",
     "fsspec",
@@ -91,13 +93,18 @@ def serve() -> None:
 
     for name in PRELOAD:
         importlib.import_module(name)
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)  # workers of a killed build become our children
     for line in sys.stdin:
         order = json.loads(line)
         child = os.fork()
         if child == 0:
             build(order)
         print(child, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        with contextlib.suppress(ChildProcessError):
+            while True:  # until the last worker has ended, too
+                os.waitpid(-1, 0)
+        print(code, flush=True)
 
 
 def build(order: dict[str, Any]) -> NoReturn:
