@@ -28,6 +28,7 @@ from engine.server.timeline import Timeline
 
 BACKLOG = 2048
 GRACE = 3  # seconds that clients have to read the end of their streams
+KEEP_ALIVE = 75  # seconds; longer than clients keep idle connections, or we close one as its next request is sent
 POLL = 0.05  # seconds
 
 
@@ -102,6 +103,7 @@ class Server(uvicorn.Server):
             server_header=False,
             backlog=BACKLOG,
             timeout_graceful_shutdown=GRACE,
+            timeout_keep_alive=KEEP_ALIVE,
         )
         super().__init__(config)
         self._engine = model.engine

@@ -111,3 +111,8 @@ def test_the_next_request_on_the_same_connection(server: Running) -> None:
     with httpx.Client(base_url=server.url, limits=limits) as http:
         for stream in (False, False, True, True, False):
             assert http.post(PATH, json={**hi, "stream": stream}).status_code == 200
+
+
+def test_an_idle_connection_is_kept(server: Running) -> None:
+    """Longer than the 5 s of OpenAI's client: who closes first must be the one that sends."""
+    assert server.server.config.timeout_keep_alive >= 60
