@@ -4,8 +4,8 @@
     MLCBUILD_SOAK_MODEL=tiny ...        # with ./doit serve model=tiny instead of the product with a fake model
 
 In ten minutes or more, memory may grow by less than 1 MiB a minute once it is warm. One minute shows leaks of whole
-requests only: by then neither the caches nor the allocator have settled. Pages, places and connections come back, and
-a server that has nothing to do does nothing.
+requests only, as too much memory: by then neither the caches nor the allocator have settled. Pages, places and
+connections come back, and a server that has nothing to do does nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ SECONDS = float(os.environ.get("MLCBUILD_SOAK_SECONDS", "60"))
 MODEL = os.environ.get("MLCBUILD_SOAK_MODEL", "fake")
 CLIENTS = 64
 WARM = 0.4  # the share of the time that caches and allocators need
-MOST_GROWTH = 1.0 if SECONDS >= 600 else 15.0  # MiB a minute
+MOST_GROWTH = 1.0  # MiB a minute, of ten minutes or more
+MOST_TAKEN = 150  # MiB, by caches and allocators; the fake model settles at 60
 MOST_IDLE = 0.01  # of one core
 CHAT = "/v1/chat/completions"
 BUSY = (429, 503)
@@ -201,16 +202,21 @@ async def run_all(url: str, pid: int, seen: Counter[str]) -> list[tuple[float, f
     """Memory by minutes, a sample a second."""
     sizes: list[tuple[float, float]] = []
     start = time.monotonic()
-    limits = httpx2.Limits(max_connections=None)
-    async with httpx2.AsyncClient(base_url=url, timeout=PATIENCE, limits=limits, trust_env=False) as http:
-        people = [asyncio.create_task(Person(i, http, seen).run(start + SECONDS)) for i in range(CLIENTS)]
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def start_person(number: int) -> None:
+            # Each has connections of its own: one that leaves must not take another's with it.
+            http = httpx2.AsyncClient(base_url=url, timeout=PATIENCE, trust_env=False)
+            await Person(number, await stack.enter_async_context(http), seen).run(start + SECONDS)
+
+        people = [asyncio.create_task(start_person(i)) for i in range(CLIENTS)]
         while time.monotonic() < start + SECONDS and not any(person.done() for person in people):
             sizes.append(((time.monotonic() - start) / 60, count_resident(pid)))
             await asyncio.sleep(1)
         try:
             await asyncio.gather(*people)
-        except httpx2.TimeoutException:
-            raise AssertionError(f"no answer within {PATIENCE} s: {read_gauges(url)}") from None
+        except httpx2.TransportError as error:  # late, or cut off
+            raise AssertionError(f"{error!r}; the engine: {read_gauges(url)}") from error
     return sizes
 
 
@@ -240,4 +246,5 @@ def test_soak(tmp_path: Path) -> None:
     assert process.returncode == 0
     assert log.read_text() == said
     assert min(seen[name] for name in ("200", "400", "429", "left", "left a stream", "left a body")) > 0, seen
-    assert growth < MOST_GROWTH
+    assert max(size for _, size in sizes) - sizes[0][1] < MOST_TAKEN
+    assert SECONDS < 600 or growth < MOST_GROWTH
