@@ -12,6 +12,7 @@ import hashlib
 import os
 import stat
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,6 +68,17 @@ def get_location(path: Path) -> Path:
     return path.parent if is_pattern(path) else path
 
 
+def make_line(key: Stat, digest: str) -> str:
+    """What the memo says of a file, with a check, so that a digit that has flipped is not believed."""
+    text = f"{key[0]} {key[1]} {key[2]} {key[3]} {digest}"
+    return f"\n{text} {make_check(text)}\n"
+
+
+def make_check(text: str) -> str:
+    """CRC-32 in hex."""
+    return f"{zlib.crc32(text.encode()):08x}"
+
+
 class DigestMemo:
     """Digests of files by their stat, kept in the log file `path`."""
 
@@ -116,7 +128,7 @@ class DigestMemo:
         self._known[key] = digest
         # The line begins and ends with a newline, so that one cut short by a full disk or a kill cannot run into the
         # next. A memo that cannot be written costs time, never a wrong answer.
-        line = "\n{} {} {} {} {}\n".format(*key, digest).encode()
+        line = make_line(key, digest).encode()
         with contextlib.suppress(OSError):
             handle = open_file(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
             try:
@@ -130,17 +142,17 @@ class DigestMemo:
         except FileNotFoundError:
             return
         for line in lines:
-            fields = line.split()
-            if len(fields) == 5 and len(fields[4]) == 64 and all(part.isdigit() for part in fields[:4]):
-                device, inode, size, mtime = map(int, fields[:4])
-                self._known[device, inode, size, mtime] = fields[4]
+            text, _, check = line.rpartition(" ")
+            if text and check == make_check(text):
+                device, inode, size, mtime, digest = text.split()
+                self._known[int(device), int(inode), int(size), int(mtime)] = digest
         if len(lines) > COMPACT_LINES:
             self._compact()
 
     def _compact(self) -> None:
         """Keep the newest entry of each inode: the others describe contents that are gone."""
         newest = {key[:2]: (key, digest) for key, digest in self._known.items()}
-        text = "".join("\n{} {} {} {} {}\n".format(*key, digest) for key, digest in newest.values())
+        text = "".join(make_line(key, digest) for key, digest in newest.values())
         with contextlib.suppress(OSError):
             scratch = self._path.with_name(f"{self._path.name}.{os.getpid()}")
             scratch.write_text(text, "ascii")

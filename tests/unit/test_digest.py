@@ -87,6 +87,19 @@ def test_a_memo_cut_short_costs_nothing_but_its_last_line(tmp_path: Path, hashed
     assert hashed == []
 
 
+@pytest.mark.parametrize("place", [5, 60, 90])
+def test_a_flipped_digit_is_not_believed(tmp_path: Path, place: int) -> None:
+    path, memo = tmp_path / "a", tmp_path / "memo"
+    path.write_text("some text")
+    make_old(path)
+    DigestMemo(memo).get_file_digest(path)
+    data = bytearray(memo.read_bytes())
+    data[place] ^= 1
+    memo.write_bytes(data)
+    assert DigestMemo(memo)._known == {}
+    assert DigestMemo(memo).get_file_digest(path) == load_digest(path)
+
+
 def test_a_long_memo_is_compacted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(digest, "COMPACT_LINES", 10)
     path, memo = tmp_path / "a", tmp_path / "memo"
