@@ -81,7 +81,8 @@ class Linear(nn.Module):
     def _quantized(self, x: Tensor) -> list[Tensor]:
         if isinstance(x, Coded):
             return x.codes
-        return make_codes(quantize_rows.make_quantize_rows, self.shape[1], [x])
+        kernel = _kernel(quantize_rows.make_quantize_rows, self.shape[1])
+        return make_codes(kernel, "quantize_rows", self.shape[1], [x])
 
 
 class Coded(Tensor):
@@ -95,12 +96,11 @@ class Coded(Tensor):
         self.codes = codes
 
 
-def make_codes(kernel: Callable[..., tirx.PrimFunc], width: int, inputs: list[Tensor], *options: Any) -> list[Tensor]:
-    """Codes, scales and corrections of n rows of `width`, by a kernel of quantize_rows.py."""
+def make_codes(kernel: tirx.PrimFunc, name: str, width: int, inputs: list[Any]) -> list[Tensor]:
+    """Codes, scales and corrections of n rows of `width`, by a kernel that writes them as quantize_rows.py says."""
     entries = quantize_rows.padded_rows(inputs[0].shape[0]) * quantize_rows.groups(width)
     out = [_out([entries * 32], "int8"), _out([entries]), _out([entries], "int32")]
-    name = kernel.__name__.removeprefix("make_")
-    return list(op.tensor_ir_op(_kernel(kernel, width, *options), f"{name}_{width}", inputs, out))
+    return list(op.tensor_ir_op(kernel, f"{name}_{width}", inputs, out))
 
 
 class Embedding(Linear):
@@ -132,15 +132,20 @@ class RMSNorm(nn.Module):
         y = op.tensor_ir_op(kernel, "rms_norm", [x, self.weight], _out(x.shape))
         if self.layout != TILES:
             return y
-        fused = quantize_rows.make_rms_norm_quantize
-        return Coded(y, make_codes(fused, self.hidden_size, [x, self.weight], self.eps))
+        fused = _kernel(quantize_rows.make_rms_norm_quantize, self.hidden_size, self.eps)
+        return Coded(y, make_codes(fused, "rms_norm_quantize", self.hidden_size, [x, self.weight]))
 
 
 class TensorCache:
-    """The KV cache of one call: the pages as they are after the last append, and where each token goes."""
+    """The KV cache of one call: the pages as they are after the last append, and where each token goes.
 
-    def __init__(self, heads: attention.Heads, pages: Tensor, where: list[Tensor], rope: Tensor) -> None:
-        self.heads, self.pages, self.where, self.rope = heads, pages, where, rope
+    `coded`: the results are wanted as int8 codes too.
+    """
+
+    def __init__(
+        self, heads: attention.Heads, pages: Tensor, where: list[Tensor], rope: Tensor, *, coded: bool
+    ) -> None:
+        self.heads, self.pages, self.where, self.rope, self.coded = heads, pages, where, rope, coded
         self.append, self.attend = _kernel(attention.make_rope_append, heads), _kernel(attention.make_attention, heads)
 
     def attention(self, layer: int, qkv: Tensor) -> Tensor:
@@ -151,16 +156,23 @@ class TensorCache:
         qkv, self.pages = op.tensor_ir_inplace_op(
             self.append, "rope_append", [qkv, self.pages, self.rope, *where], [0, 1], out
         )
-        y = _out([qkv.shape[0], self.heads.heads * self.heads.head_dim])
-        return op.tensor_ir_op(self.attend, "attention", [qkv, self.pages, *where], y)
+        width = self.heads.heads * self.heads.head_dim
+        inputs = [qkv, self.pages, *where]
+        y = op.tensor_ir_op(self.attend, "attention", inputs, _out([qkv.shape[0], width]))
+        if not self.coded:
+            return y
+        fused = _kernel(attention.make_attention, self.heads, quantize=True)
+        return Coded(y, make_codes(fused, "attention_quantize", width, inputs))
 
 
 class CpuProgram(nn.Module):
     """The exported functions; `pages` is updated in place and also returned."""
 
-    def __init__(self, network: nn.Module, shape: AttentionShape, hidden_size: int, kv_dtype: str) -> None:
+    def __init__(
+        self, network: nn.Module, shape: AttentionShape, hidden_size: int, kv_dtype: str, *, coded: bool
+    ) -> None:
         super().__init__()
-        self.network, self.hidden_size = network, hidden_size
+        self.network, self.hidden_size, self.coded = network, hidden_size, coded
         self.heads = attention.Heads(shape.layers, shape.heads, shape.kv_heads, shape.head_dim, kv_dtype)
         frequencies = elementwise.inverse_frequencies(shape.head_dim, shape.rope_theta, shape.rope_scaling)
         self.frequencies = np.ascontiguousarray(frequencies)
@@ -212,7 +224,7 @@ class CpuProgram(nn.Module):
         frequencies = Tensor.from_const(self.frequencies)
         kernel = _kernel(elementwise.make_rope_table, d)
         rope = op.tensor_ir_op(kernel, "rope_table", [positions, frequencies], _out([positions.shape[0], d]))
-        kv = TensorCache(self.heads, pages, [positions, rows, table], rope)
+        kv = TensorCache(self.heads, pages, [positions, rows, table], rope, coded=self.coded)
         return self.network(h, kv), kv.pages
 
     def spec(self) -> nn.spec.ModuleSpec:
@@ -257,12 +269,13 @@ class CpuLowering:
         y = op.tensor_ir_op(_kernel(elementwise.make_silu_mul, width), "silu_mul", [gate_up], _out([n, width]))
         if self.layout != TILES:
             return y
-        return Coded(y, make_codes(quantize_rows.make_silu_mul_quantize, width, [gate_up]))
+        fused = _kernel(quantize_rows.make_silu_mul_quantize, width)
+        return Coded(y, make_codes(fused, "silu_mul_quantize", width, [gate_up]))
 
     def export(self, model: nn.Module, shape: AttentionShape, hidden_size: int, limits: Limits) -> Program:
         """See lowering.Lowering; raises CompileError for a shape that the kernels cannot hold."""
         check_shape(shape, hidden_size)
-        program = CpuProgram(model, shape, hidden_size, self.q.dtype)
+        program = CpuProgram(model, shape, hidden_size, self.q.dtype, coded=self.layout == TILES)
         module, named = program.export_tvm(spec=program.spec())[:2]
         params = [(n.removeprefix("network."), tuple(int(s) for s in p.shape), str(p.dtype)) for n, p in named]
         kv = {

@@ -284,6 +284,29 @@ def test_attention_over_pages(rng, heads, kv_heads, d, dtype):
     assert np.isnan(pages[0]).all()  # the other layer is untouched
 
 
+@pytest.mark.parametrize(("heads", "kv_heads", "d"), [(8, 2, 64), (3, 1, 32), (5, 1, 64), (16, 1, 32)])
+def test_attention_quantizes_as_its_parts(rng, heads, kv_heads, d):
+    """Codes straight from attention are those of its plain results, to the last bit; also of a padded row."""
+    h = attention.Heads(layers=1, heads=heads, kv_heads=kv_heads, head_dim=d, dtype="float16")
+    plain, fused = build(attention.make_attention(h)), build(attention.make_attention(h, quantize=True))
+    quantizer = build(quantize_rows.make_quantize_rows(heads * d))
+    pages = rng.normal(size=(1, 12, 2, kv_heads, 16, d)).astype(np.float16)
+    table = rng.permutation(12).astype(np.int32).reshape(2, 6)
+    for n in (1, 2, 5, 66):
+        rows, positions = np.zeros(n, np.int32), np.arange(20, 20 + n, dtype=np.int32)
+        if n == 2:
+            rows, positions = np.array([0, 1], np.int32), np.array([70, 3], np.int32)
+        qkv = rng.normal(size=(n, h.width)).astype(np.float32)
+        y, wanted, got = np.zeros((n, heads * d), np.float32), codes_for(n, heads * d), codes_for(n, heads * d)
+        for a in (*wanted, *got):
+            a[...] = 77  # what pads a row must be written too
+        plain(qkv, pages, positions, rows, table, 0, y)
+        quantizer(y, *wanted)
+        fused(qkv, pages, positions, rows, table, 0, *got)
+        for a, b in zip(wanted, got, strict=True):
+            np.testing.assert_array_equal(a, b, err_msg=f"{n} rows")
+
+
 EXTREMES = [1e4, -1e4, 0.0, 1e-40, -1e-40, 1.0]
 
 

@@ -14,6 +14,7 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from mlcbuild.compiler.kernels import tir
+from mlcbuild.compiler.kernels.quantize_rows import GROUP, block_rows, code_args, find_entry, groups, store_group
 from mlcbuild.compiler.kernels.tir import Accumulator, Expr, f32, fma, put, put2, spread, to_f32, vec, vec2
 
 PAGE = 16
@@ -96,26 +97,28 @@ def make_rope_append(h: Heads) -> tirx.PrimFunc:
     return tir.make_prim_func(body)
 
 
-def make_attention(h: Heads) -> tirx.PrimFunc:
+def make_attention(h: Heads, *, quantize: bool = False) -> tirx.PrimFunc:
     """(qkv f32 [n, width] with q rotated, pages, positions, rows, table, layer, y f32 [n, heads d]).
 
     Token m attends to positions 0 ... positions[m] of its sequence. Two passes: all scores into a scratch, then the
-    values; parallel over (key/value head, four tokens).
+    values; parallel over (key/value head, four tokens). With `quantize` y is written as int8 codes, scales and
+    corrections (see quantize_rows.py), which saves the next matmul a kernel.
     """
 
     def body() -> None:
         n = tir.size("n")
         qkv, pages = tir.arg("qkv", (n, h.width), "float32"), _pages(h)
         positions, rows, table, layer = _where()
-        y = tir.arg("y", (n, h.heads * h.head_dim), "float32")
+        out = _Codes(h, n) if quantize else _Plain(h, n)
         max_pages = table.shape[1]
         at_once = next(t for t in (TOKENS, 2, 1) if t * min(h.shared, REGISTERS) <= REGISTERS)
-        kernel = _Kernel(h, qkv, pages, positions, rows, table, layer, y)
+        kernel = _Kernel(h, qkv, pages, positions, rows, table, layer, out)
         with tir.root():
             tir.begin()
             blocks = (n + TOKENS - 1) // TOKENS
             with T.parallel(blocks * h.kv_heads) as task:
                 head, first = T.bind(task // blocks), T.bind(task % blocks * TOKENS)
+                out.begin()
                 scores = tir.scratch(max_pages * (at_once * min(h.shared, REGISTERS) * 16))
                 last = T.bind(T.min(first + (TOKENS - 1), n - 1))
                 together = (last - first == TOKENS - 1) & (rows[first] == rows[last])
@@ -129,13 +132,67 @@ def make_attention(h: Heads) -> tirx.PrimFunc:
     return tir.make_prim_func(body)
 
 
+class _Plain:
+    """Results as they are."""
+
+    def __init__(self, h: Heads, n: Expr) -> None:
+        self.y = tir.arg("y", (n, h.heads * h.head_dim), "float32")
+
+    def begin(self) -> None:
+        """Nothing is kept."""
+
+    def store(self, token: int, first: Expr, head: Expr, column: Expr, value: Expr) -> None:
+        """Sixteen results of token `first + token` and a query of key/value head `head`, from a column of y on."""
+        put2(self.y, first + token, column, value)
+
+    def end(self, count: int, first: Expr, head: Expr) -> None:
+        """Everything is stored."""
+
+
+class _Codes:
+    """Results as int8 codes: those of a key/value head's tokens are gathered, then quantized group by group."""
+
+    def __init__(self, h: Heads, n: Expr) -> None:
+        self.n, self.width, self.mine = n, h.heads * h.head_dim, h.shared * h.head_dim
+        self.args = code_args(self.width)
+
+    def begin(self) -> None:
+        """Memory of one task."""
+        self.gathered = tir.scratch(TOKENS * self.mine)
+
+    def store(self, token: int, first: Expr, head: Expr, column: Expr, value: Expr) -> None:
+        """See _Plain."""
+        put(self.gathered, token * self.mine + column - head * self.mine, value)
+
+    def end(self, count: int, first: Expr, head: Expr) -> None:
+        """Quantize the results of `count` tokens; whoever has the last group of a row zeroes what pads it."""
+        per_token, per_row, block = self.mine // GROUP, groups(self.width), T.bind(block_rows(self.n))
+        # a count that LLVM does not know: unrolled, this would take longer to compile than all the rest
+        with T.serial(T.min(self.n - first, T.int64(count)) * per_token) as i:
+            t, g = T.bind(i // per_token), T.bind(i % per_token)
+            at = find_entry(first + t, block, per_row)
+            halves = [T.bind(vec(self.gathered, i * GROUP + half)) for half in (0, 16)]
+            store_group(halves, T.bind(at + (head * per_token + g) * block), *self.args)
+            for padding in range(self.width // GROUP, per_row):
+                with T.If(head * per_token + g == self.width // GROUP - 1), T.Then():
+                    store_group([f32(0), f32(0)], at + padding * block, *self.args)
+
+
 class _Kernel:
     """The buffers of one attention call, and the code for some tokens of one key/value head."""
 
     def __init__(
-        self, h: Heads, qkv: Expr, pages: Expr, positions: Expr, rows: Expr, table: Expr, layer: Expr, y: Expr
+        self,
+        h: Heads,
+        qkv: Expr,
+        pages: Expr,
+        positions: Expr,
+        rows: Expr,
+        table: Expr,
+        layer: Expr,
+        out: _Plain | _Codes,
     ) -> None:
-        self.h, self.qkv, self.pages, self.positions, self.y, self.layer = h, qkv, pages, positions, y, layer
+        self.h, self.qkv, self.pages, self.positions, self.out, self.layer = h, qkv, pages, positions, out, layer
         self.rows, self.table = rows, table
 
     def tokens(self, head: Expr, first: Expr, count: int, scores: Expr) -> None:
@@ -150,6 +207,7 @@ class _Kernel:
             for t in range(count):
                 mine = [i for i, (token, _) in enumerate(lanes) if token == t]
                 self._values(lanes, mine, sums, head, first, line, scores)
+        self.out.end(count, first, head)
 
     def _page(self, line: Expr, b: Expr) -> Expr:
         return T.cast(self.table[line, b], "int64")
@@ -225,7 +283,7 @@ class _Kernel:
                 self._add_value(acc, weights, columns, self._page(line, length // PAGE), head, slot)
             for i, sums_of_query in zip(mine, acc, strict=True):
                 for j, a in zip(columns, sums_of_query, strict=True):
-                    put2(self.y, token, lanes[i][1] * d + j, a.get() * spread(sums[i]))
+                    self.out.store(lanes[i][0], first, head, lanes[i][1] * d + j, a.get() * spread(sums[i]))
 
     def _add_value(
         self, acc: list[list[Accumulator]], weights: list[Expr], columns: range, page: Expr, head: Expr, slot: Expr

@@ -41,6 +41,13 @@ def groups(in_features: int) -> int:
     return -(-in_features // 64) * 2
 
 
+def find_entry(m: Expr, block: Expr, per_row: int) -> Expr:
+    """Where the first group of row m lies, in blocks of `block` rows; the next ones follow at every `block` entries."""
+    # Truncating: to prove that a floor is no less takes TVM two seconds
+    whole = T.bind(T.truncdiv(m, block))
+    return T.bind(whole * (per_row * block) + (m - whole * block))
+
+
 def code_args(in_features: int) -> tuple[Expr, Expr, Expr]:
     """The three buffers of quantized activations: codes int8, scales float32, corrections int32 (flat)."""
     codes = tir.arg("codes", (tir.size("codes_size"),), "int8")
@@ -119,13 +126,13 @@ def _make(in_features: int, make_rows: Callable[[Expr], _Plain | _Normalized | _
             m = T.bind(task // chunks)
             rows.start(m)
             block = T.bind(block_rows(n))
-            first = T.bind(m // block * per_row * block + m % block)
+            first = find_entry(m, block, per_row)
             with T.serial(whole // chunks) as i:
                 g = T.bind(task % chunks * (whole // chunks) + i)
                 halves = [T.bind(rows.load(m, g * GROUP + at)) for at in (0, 16)]
-                _store_group(halves, T.bind(first + g * block), *outputs)
+                store_group(halves, T.bind(first + g * block), *outputs)
             for g in range(whole, per_row):  # padding of K to 64
-                _store_group([f32(0), f32(0)], first + g * block, *outputs)
+                store_group([f32(0), f32(0)], first + g * block, *outputs)
 
         with tir.root():
             tir.begin()
@@ -134,7 +141,7 @@ def _make(in_features: int, make_rows: Callable[[Expr], _Plain | _Normalized | _
     return tir.make_prim_func(body)
 
 
-def _store_group(halves: list[Expr], at: Expr, codes: Expr, scales: Expr, corrections: Expr) -> None:
+def store_group(halves: list[Expr], at: Expr, codes: Expr, scales: Expr, corrections: Expr) -> None:
     """Quantize 32 values into entry `at`; a group of (almost) zeros gets scale 0 and codes 0."""
     largest = T.bind(tir.reduce_max(tir.maximum(*[tir.call(F32, "fabs", h) for h in halves])))
     something = largest > T.float32(NOTHING)
