@@ -12,40 +12,23 @@ from engine.artifact import open_package
 from engine.core import Output, SamplingParams
 from engine.engine import Engine
 from engine.llm import LLM
-from engine.machine import get_cpu_features
 from engine.runtime.tvm_executor import TvmExecutor
 from engine.text.tokenizer import load_tokenizer
 
-PACKAGES = Path(__file__).parent.parent.parent / "artifacts" / "packages"
 TURNS = ("Tell me a story about a red ball and a dog.", "And then?", "Who found it in the end?")
 
 
-def find_package() -> Path | None:
-    """A package of tiny that is built and that this machine can run."""
-    features = get_cpu_features() or frozenset()
-    for path in sorted(PACKAGES.glob("tiny-q4f16_1-*")):
-        library = open_package(path).manifest.library
-        if library.kv.kind == "tensor" and features.issuperset(library.requires):
-            return path
-    return None
-
-
-PACKAGE = find_package()
-pytestmark = pytest.mark.skipif(PACKAGE is None, reason="tiny is not built: ./doit build model=tiny")
-
-
 @pytest.fixture(scope="module")
-def executor() -> Iterator[TvmExecutor]:
-    assert PACKAGE is not None
-    executor = TvmExecutor(open_package(PACKAGE))
+def executor(tiny_package: Path) -> Iterator[TvmExecutor]:
+    executor = TvmExecutor(open_package(tiny_package))
+    executor.tokenizer = load_tokenizer(tiny_package)
     yield executor
     executor.close()
 
 
 def make_engine(executor: TvmExecutor, prefix_cache: bool, draft_tokens: int = 0) -> Engine:
-    assert PACKAGE is not None
     options = {"prefix_cache": prefix_cache, "draft_tokens": draft_tokens, "weigh_guesses": False}
-    return Engine(executor, load_tokenizer(PACKAGE), **options)
+    return Engine(executor, executor.tokenizer, **options)
 
 
 def talk(engine: Engine, seed: int, others: int = 0) -> list[Output]:
@@ -98,12 +81,11 @@ def test_a_turn_computes_only_what_is_new(executor: TvmExecutor) -> None:
         history = reply.usage.total_tokens
 
 
-def test_what_is_kept_on_disk_is_of_use_later(tmp_path: Path) -> None:
-    assert PACKAGE is not None
+def test_what_is_kept_on_disk_is_of_use_later(tiny_package: Path, tmp_path: Path) -> None:
     messages = [{"role": "user", "content": " ".join(TURNS)}]
     replies = []
     for _ in range(2):
-        with LLM(PACKAGE, kv_tokens=1024, cache_file=tmp_path / "cache") as llm:
+        with LLM(tiny_package, kv_tokens=1024, cache_file=tmp_path / "cache") as llm:
             replies.append(llm.chat(messages, SamplingParams(temperature=0, max_tokens=30)))
     assert replies[0].token_ids == replies[1].token_ids
     assert [reply.usage.cached_tokens >= 16 for reply in replies] == [False, True]

@@ -80,15 +80,12 @@ TEXTS = ("Tell me a story about a red ball.", "Tell me a tale about a red ball!"
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean"])
-def test_embeddings_of_tiny(pooling: Pooling) -> None:
+def test_embeddings_of_tiny(tiny_package: Path, pooling: Pooling) -> None:
     """The built package, 4 bits, through the engine; numpy and, where it is installed, transformers in float32."""
     from engine.llm import LLM
     from mlcbuild.weights.source import open_source
 
-    packages = [path for name in TARGETS for path in (ROOT / "artifacts/packages").glob(f"tiny-q4f16_1-{name}")]
-    if not packages:
-        pytest.skip("tiny is not built: ./doit build model=tiny")
-    with LLM(packages[-1], kv_tokens=1024) as llm:
+    with LLM(tiny_package, kv_tokens=1024) as llm:
         found = llm.embed(TEXTS, pooling=pooling)
         windows = [np.array(llm.tokenizer.encode(text), np.int32) for text in TEXTS]
     source = ROOT / "recipes/models/tiny"

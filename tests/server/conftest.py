@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import openai
 import pytest
-from fake_models import LIMITS, ROOT
+from fake_models import LIMITS
 from running import Running, run_fake_server, wait_until
-
-from engine.errors import PackageInvalid
 
 
 @pytest.fixture(scope="module")
@@ -45,21 +40,12 @@ def http(server: Running) -> Iterator[httpx.Client]:
 
 
 @pytest.fixture(scope="session")
-def tiny_server() -> Iterator[Running]:
-    """The embedded model, built first where it is not."""
+def tiny_server(tiny_package: Path) -> Iterator[Running]:
+    """The embedded model's server."""
     from engine.model import load_model
     from engine.runtime.memory import Budget
 
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLCBUILD_")}
-    command = [sys.executable, "-m", "doit", "build", "model=tiny", "quantization=q4f16_1", "target=cpu"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    model = None
-    for path in sorted((ROOT / "artifacts/packages").glob("tiny-q4f16_1-*")):
-        with contextlib.suppress(PackageInvalid):  # for another machine
-            model = model or load_model(path, Budget(kv_tokens=4096))
-    assert model is not None
-    running = Running(model)
+    running = Running(load_model(tiny_package, Budget(kv_tokens=4096)))
     try:
         yield running
     finally:

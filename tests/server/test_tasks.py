@@ -8,8 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from fake_models import ROOT
-from running import Running
 
 from engine.errors import CannotListen, InvalidSetting, PackageInvalid
 from engine.model import load_defaults
@@ -65,10 +63,10 @@ def test_sampling_defaults_of_a_package(tmp_path: Path) -> None:
     ("name", "text"),
     [("lib.so", "lib.so cannot be loaded: "), ("tokenizer.json", "tokenizer.json: cannot read the tokenizer: ")],
 )
-def test_a_package_that_was_damaged(tiny_server: Running, tmp_path: Path, name: str, text: str) -> None:
+def test_a_package_that_was_damaged(tiny_package: Path, tmp_path: Path, name: str, text: str) -> None:
     """What its sizes do not show; that files are missing or cut is seen before anything is loaded."""
-    package = tmp_path / Path(tiny_server.model.variant.replace("/", "-"))
-    shutil.copytree(ROOT / "artifacts/packages" / package.name, package)
+    package = tmp_path / tiny_package.name
+    shutil.copytree(tiny_package, package)
     size = (package / name).stat().st_size
     (package / name).unlink()  # it may be read-only
     (package / name).write_bytes(b"\0" * size)
