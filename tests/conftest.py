@@ -24,9 +24,20 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_package() -> Path:
-    """The embedded model for this machine, built first where it is not."""
+    """The embedded model for this machine."""
+    return build_package("tiny")
+
+
+@pytest.fixture(scope="session")
+def draft_package() -> Path:
+    """The one that guesses for it."""
+    return build_package("tiny-draft")
+
+
+def build_package(model: str) -> Path:
+    """The package of an embedded model in this checkout, built first where it is not."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MLCBUILD_")}
-    variables = {"model": "tiny", "quantization": "q4f16_1", "target": "cpu"}
+    variables = {"model": model, "quantization": "q4f16_1", "target": "cpu"}
     command = [sys.executable, "-m", "doit", "build", *(f"{name}={value}" for name, value in variables.items())]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

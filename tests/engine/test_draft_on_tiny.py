@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 from small_engines import make_request, run_all
-from test_prefix_on_tiny import PACKAGE, PACKAGES
 
-from engine.artifact import File, Package, open_package
+from engine.artifact import File, open_package
 from engine.engine import Engine
 from engine.errors import InvalidSetting
 from engine.runtime.memory import Budget
@@ -19,41 +18,31 @@ from engine.runtime.tvm_executor import TvmExecutor
 from engine.sampling.grammar import GrammarCompiler, make_json_grammar
 from engine.text.tokenizer import load_tokenizer
 
-DRAFT = None if PACKAGE is None else PACKAGES / PACKAGE.name.replace("tiny-", "tiny-draft-", 1)
-pytestmark = pytest.mark.skipif(
-    DRAFT is None or not DRAFT.exists(), reason="not built: ./doit build model=tiny,tiny-draft"
-)
 TEXTS = ("Tell me a story about a red ball and a dog.", "What is the capital of France?", "Count to ten.", "Hi")
 SCHEMA = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}}
 
 
-def find(path: Path | None) -> Package:
-    assert path is not None
-    return open_package(path)
-
-
 @pytest.fixture(scope="module")
-def pair() -> Iterator[tuple[TvmExecutor, TvmExecutor]]:
-    executors = load_pair(find(PACKAGE), find(DRAFT), Budget(kv_tokens=2048))
+def pair(tiny_package: Path, draft_package: Path) -> Iterator[tuple[TvmExecutor, TvmExecutor]]:
+    executors = load_pair(open_package(tiny_package), open_package(draft_package), Budget(kv_tokens=2048))
     yield executors
     for executor in executors:
         executor.close()
 
 
-def make_engine(pair: tuple[TvmExecutor, TvmExecutor], draft_tokens: int) -> Engine:
-    assert PACKAGE is not None
+def make_engine(package: Path, pair: tuple[TvmExecutor, TvmExecutor], draft_tokens: int) -> Engine:
     draft = pair[1] if draft_tokens else None
-    return Engine(pair[0], load_tokenizer(PACKAGE), weigh_guesses=False, draft_tokens=draft_tokens, draft=draft)
+    return Engine(pair[0], load_tokenizer(package), weigh_guesses=False, draft_tokens=draft_tokens, draft=draft)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("grammar", [False, True])
 def test_replies_are_those_of_the_large_model(
-    pair: tuple[TvmExecutor, TvmExecutor], temperature: float, grammar: bool
+    tiny_package: Path, pair: tuple[TvmExecutor, TvmExecutor], temperature: float, grammar: bool
 ) -> None:
     replies = []
     for draft_tokens in (0, 4):
-        engine = make_engine(pair, draft_tokens)
+        engine = make_engine(tiny_package, pair, draft_tokens)
         params = {"temperature": temperature, "max_tokens": 60, "ignore_eos": not grammar}
         if grammar:
             params["grammar"] = GrammarCompiler(engine.tokenizer).compile(make_json_grammar(SCHEMA))
@@ -73,8 +62,8 @@ def test_both_caches_are_within_the_budget(pair: tuple[TvmExecutor, TvmExecutor]
     assert large.limits.num_pages == 2048 // 16
 
 
-def test_a_draft_that_is_no_use_is_refused() -> None:
-    package, draft = find(PACKAGE), find(DRAFT)
+def test_a_draft_that_is_no_use_is_refused(tiny_package: Path, draft_package: Path) -> None:
+    package, draft = open_package(tiny_package), open_package(draft_package)
     other = replace(draft.manifest, files=(File("tokenizer.json", 1, "0" * 64),))
     with pytest.raises(InvalidSetting) as caught:
         check_alike(package, replace(draft, manifest=other))
