@@ -31,6 +31,7 @@ CASES = [
     (SAY + FINAL, {"content": "I look.\n\nIt rains."}),
     (' to=functions.get_weather<|channel|>commentary json<|message|>{"city": "<|end|"}', CALLED),
     ("It rains, without a <|channel|>.", {"content": "It rains, without a <|channel|>."}),
+    (CALL + "x<|start|>assistant" + CALL, CALLED),
     (THOUGHT + "<|channel|>fin", {"reasoning": "Let me <|see."}),
     ("<|channel|>analysis<|message|>cut off <|en", {"reasoning": "cut off <|en"}),
     ("", {}),
@@ -44,7 +45,7 @@ def test_every_boundary(text: str, expected: dict) -> None:
     assert read(Reading(HARMONY), list(text) or [""]) == expected
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(
     st.lists(st.sampled_from([THOUGHT, SAY, CALL, FINAL, "<|end|>", "<|", "x", " ", "<|start|>assistant"]), max_size=5),
     st.lists(st.integers(0, 10**6), max_size=5),

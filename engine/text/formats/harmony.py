@@ -116,10 +116,11 @@ class HarmonyParser:
         out = at if at >= 0 else len(self._held) - get_overlap(self._held, END)
         text = self._held[:out]
         if self._kind == "arguments":
-            length, text = self._reader.read(text)
-            if text:
-                pieces.append(Piece("arguments", text, self.count))
-            self.count += self._reader.done and length > 0
+            if not self._reader.done:  # what follows them, without an end of the message, is nothing
+                _, text = self._reader.read(text)
+                if text:
+                    pieces.append(Piece("arguments", text, self.count))
+                self.count += self._reader.done
         elif text:
             gap = "\n\n" if self._kind == "content" and self._said and self._fresh else ""
             pieces.append(Piece("content" if self._kind == "content" else "reasoning", gap + text))
