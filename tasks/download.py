@@ -14,8 +14,8 @@ def make_actions(plan: Plan) -> Iterator[Action]:
     """One per model. A local folder is an input, so that a changed file counts; so is the lock of a branch."""
     for build in plan.builds:
         source, inputs, after = get_source(plan, build), {}, []
-        if source["path"] is not None:
-            inputs["checkpoint"] = plan.recipes.get_path(source["path"]).relative_to(plan.root)
+        if build.model.source.path is not None:
+            inputs["checkpoint"] = plan.recipes.get_path(build.model.source.path)
         if source["revision"] == "main":
             inputs["lock"] = plan.recipes.get_lock(build.model.name).relative_to(plan.root)
             after.append(f"resolve:{build.model.name}")
@@ -31,9 +31,12 @@ def make_actions(plan: Plan) -> Iterator[Action]:
 
 
 def get_source(plan: Plan, build: Build) -> dict[str, Any]:
-    """The model's source as JSON. A branch stays `main` when it is locked: what it points to is in the lock file, and
+    """The model's source as JSON; of a folder outside the project only the name, since no key and no package may say
+    where things lie on a machine. A branch stays `main` when it is locked: what it points to is in the lock file, and
     a key that changed with the first download would have everything made twice."""
     source: dict[str, Any] = build.model.source.model_dump(mode="json")
+    if source["path"] is not None and (folder := plan.recipes.get_path(source["path"])).is_absolute():
+        source["path"] = folder.name
     lock = plan.recipes.get_lock(build.model.name)
     if source["repo"] is not None and lock.exists() and f'"{source["revision"]}"' in lock.read_text("utf-8"):
         source["revision"] = "main"

@@ -19,7 +19,7 @@ def make_actions(plan: Plan) -> Iterator[Action]:
             "tokenizer": build.sources / "tokenizer.json",
         }
         if text is not None:
-            inputs["text"] = plan.recipes.get_path(text).relative_to(plan.root)
+            inputs["text"] = plan.recipes.get_path(text)
         yield Action(
             step="reference",
             name=build.model.name,

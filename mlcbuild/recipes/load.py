@@ -9,6 +9,7 @@ Listing names reads nothing; pydantic is imported with the first recipe.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -74,8 +75,11 @@ class Recipes:
         self.matrices: RecipeFolder[Matrix] = RecipeFolder(root / "matrices", "matrices", "matrix")
 
     def get_path(self, relative: str) -> Path:
-        """The file or folder that a model recipe names (source.path, quality.text)."""
-        return self.root / "models" / relative
+        """The file or folder that a model recipe names (source.path, quality.text): relative to the project that holds
+        the recipes; one that lies outside of it as an absolute path."""
+        project = Path(os.path.abspath(self.root.parent))
+        path = Path(os.path.normpath(project / self.root.name / "models" / Path(relative).expanduser()))
+        return path.relative_to(project) if path.is_relative_to(project) else path
 
     def get_lock(self, model: str) -> Path:
         """Where the resolved revision of a model is recorded."""

@@ -28,7 +28,7 @@ class Source(Recipe):
 
     repo: str | None = Field(default=None, description="hub repository, owner/name")
     revision: str | None = Field(default=None, description="40-hex commit, or main (locked at the first download)")
-    path: str | None = Field(default=None, description="folder relative to the recipe file")
+    path: str | None = Field(default=None, description="folder: relative to the recipe file, absolute, or from ~")
     random: SkipJsonSchema[bool] = Field(default=False, description="seeded weights; only set by source=random")
     seed: SkipJsonSchema[int] = Field(default=0, description="seed of the random weights")
 

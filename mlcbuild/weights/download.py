@@ -89,7 +89,8 @@ def run_download(
     }
     (destination / FACTS).write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     if not source.random:
-        open_source(destination)  # reads every header: damage is found here, not an hour later
+        # Reads every header: damage is found here, not an hour later; and named where a person can mend it.
+        open_source(folder or destination)
     return facts
 
 

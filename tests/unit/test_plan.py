@@ -161,6 +161,19 @@ def test_descriptions_are_in_no_key_but_the_packages() -> None:
             assert '"description":"' not in make_canonical_json(action.params), action.task
 
 
+@pytest.mark.parametrize("written", ["{0}", "../../../checkpoint"])
+def test_a_checkpoint_outside_the_project(tmp_path: Path, written: str) -> None:
+    project, checkpoint = tmp_path / "project", tmp_path / "checkpoint"
+    for name in ("recipes", "tasks"):
+        shutil.copytree(ROOT / name, project / name)
+    recipe = project / "recipes" / "models" / "tiny.yaml"
+    recipe.write_text(re.sub("path: .*", f"path: {written.format(checkpoint)}", recipe.read_text(), count=1))
+    actions = load_plan(project, NAMES).actions
+    assert actions["download:tiny"].inputs == {"checkpoint": checkpoint}
+    assert actions["download:tiny"].params["source"]["path"] == "checkpoint"
+    assert not [name for name, action in actions.items() if str(tmp_path) in make_canonical_json(action.params)]
+
+
 def test_no_key_knows_where_the_project_is() -> None:
     for action in load_plan(ROOT, {}).actions.values():
         assert str(ROOT) not in make_canonical_json(action.params)

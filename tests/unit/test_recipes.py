@@ -253,7 +253,7 @@ def test_recipes_of_embedded_models_have_the_shape_of_their_files():
         written = json.loads((ROOT / "models" / name / "config.json").read_text())
         assert recipe.config == {key: written[key] for key in recipe.config}
         assert recipe.limits.context_window <= written["max_position_embeddings"]
-        assert load_recipes(ROOT).get_path(recipe.quality.text).is_file()
+        assert (ROOT.parent / load_recipes(ROOT).get_path(recipe.quality.text)).is_file()
 
 
 def test_gates_are_found_by_name_then_glob():

@@ -12,7 +12,6 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request, Response
 
 from engine.core import Output
-from engine.errors import InvalidRequest
 from engine.model import LoadedModel
 from engine.reply import AsyncReply
 from engine.server.completion import find_error
@@ -59,14 +58,7 @@ async def create_response(
 def check(body: ResponsesRequest, request: Request, model: LoadedModel) -> ChatRequest:
     """The request as a chat. Raises UnknownModel, and InvalidRequest for what could only be ignored."""
     check_model_name(body.model, model)
-    name = body.get_unsupported()
-    if name is not None:
-        raise InvalidRequest(
-            f"this server does not support this value of '{name}'",
-            hint="it keeps nothing: send the whole conversation, and leave this out",
-            code="unsupported_parameter",
-            param=name,
-        )
+    check_supported(body, "it keeps nothing: send the whole conversation, and leave this out")
     chat = check_chat(make_chat(body))
     check_supported(chat)
     check_prompt_length(sum(len(m.content or "") for m in chat.messages), get_settings(request).max_prompt_chars)
