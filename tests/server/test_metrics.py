@@ -35,12 +35,9 @@ def read(running: Running) -> dict[str, float]:
     return values
 
 
-def ask(running: Running, text: str, path: str = PATH, **fields: object) -> httpx.Response:
-    return httpx.post(
-        running.url + path,
-        json={"model": "fake", "messages": [{"role": "user", "content": text}], **fields},
-        timeout=fields.pop("timeout", 30),  # type: ignore[arg-type]
-    )
+def ask(running: Running, text: str, path: str = PATH, patience: float = 30, **fields: object) -> httpx.Response:
+    body = {"model": "fake", "messages": [{"role": "user", "content": text}], **fields}
+    return httpx.post(running.url + path, json=body, timeout=patience)
 
 
 def test_the_numbers() -> None:
@@ -54,7 +51,7 @@ def test_the_numbers() -> None:
         assert ask(running, "hi", top_p=5).status_code == 400
         assert httpx.get(running.url + "/nothing").status_code == 404
         with pytest.raises(httpx.ReadTimeout):
-            ask(running, "slow", timeout=0.3)
+            ask(running, "slow", patience=0.3)
         wait_until(lambda: running.model.engine.get_stats().running == 0)
         after = read(running)
     assert after["requests_total{finish_reason=stop,route=/v1/chat/completions}"] == 1
