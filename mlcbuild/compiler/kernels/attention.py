@@ -8,12 +8,16 @@ page holds the same bytes as [head_dim][16], so that one vector is sixteen posit
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from mlcbuild.compiler.kernels import tir
+from mlcbuild.compiler.kernels.benchmark import MOST_SEQUENCES, Benchmark, Setting
 from mlcbuild.compiler.kernels.quantize_rows import GROUP, block_rows, code_args, find_entry, groups, store_group
 from mlcbuild.compiler.kernels.tir import Accumulator, Expr, f32, fma, put, put2, spread, to_f32, vec, vec2
 
@@ -21,6 +25,7 @@ PAGE = 16
 TOKENS = 4  # consecutive tokens of one sequence that share each load of K
 AHEAD = 4  # pages asked for in advance: one is too short, more is no better
 REGISTERS = 16  # vectors of partial sums that a loop keeps
+CHUNK = 512  # tokens of a prompt that a benchmark gives at once
 
 
 @dataclass(frozen=True)
@@ -295,3 +300,32 @@ class _Kernel:
             p = spread(weight)
             for v, a in zip(values, of_query, strict=True):
                 a.set(fma(v, p, a.get()))
+
+
+def list_benchmarks(s: Setting) -> Iterator[Benchmark]:
+    """Append, decode of so many sequences, and a prompt's chunk, over shuffled pages; one layer at a time."""
+    h = Heads(1, s.heads, s.kv_heads, s.head_dim, s.quantization.dtype)
+    append, attend = make_rope_append(h), make_attention(h)
+    for n in (n for n in s.rows if n <= MOST_SEQUENCES):
+        decode = _place([s.context] * n, [1] * n)
+        sizes = {"n": n, "sequences": n, "max_pages": decode["table"].shape[1], "page_count": decode["table"].size}
+        item = np.dtype(h.dtype).itemsize
+        read = n * (s.context + 1) * 2 * h.kv_heads * h.head_dim * item
+        work = 4 * n * (s.context + 1) * h.heads * h.head_dim
+        yield Benchmark(f"append, {n} sequences", append, sizes, values=decode, nbytes=n * h.width * (4 + item))
+        yield Benchmark(f"{n} sequences at {s.context}", attend, sizes, ("pages",), decode, read, work)
+    for start in (0, s.context):
+        chunk = _place([start], [CHUNK])
+        sizes = {"n": CHUNK, "sequences": 1, "max_pages": chunk["table"].size, "page_count": chunk["table"].size}
+        work = 4 * sum(range(start + 1, start + CHUNK + 1)) * h.heads * h.head_dim
+        yield Benchmark(f"{CHUNK} tokens at {start}", attend, sizes, values=chunk, operations=work)
+
+
+def _place(starts: list[int], counts: list[int]) -> dict[str, Any]:
+    """Positions, rows, table and layer of sequences with so many new tokens after earlier ones."""
+    most = max(-(-(start + count) // PAGE) for start, count in zip(starts, counts, strict=True))
+    table = np.random.default_rng(0).permutation(len(starts) * most).astype(np.int32)
+    positions = [np.arange(start, start + count, dtype=np.int32) for start, count in zip(starts, counts, strict=True)]
+    rows = np.repeat(np.arange(len(starts), dtype=np.int32), counts)
+    where = {"positions": np.concatenate(positions), "rows": rows, "table": table.reshape(len(starts), most)}
+    return {**where, "layer": 0}

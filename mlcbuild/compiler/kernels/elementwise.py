@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from mlcbuild.compiler.kernels import tir
+from mlcbuild.compiler.kernels.benchmark import Benchmark, Setting
 from mlcbuild.compiler.kernels.tir import Accumulator, Expr, f32, fma, put2, spread, vec, vec2
 
 
@@ -131,3 +132,12 @@ def make_rope_table(head_dim: int) -> tirx.PrimFunc:
             tir.for_each_row(n, rotate)
 
     return tir.make_prim_func(body)
+
+
+def list_benchmarks(s: Setting) -> Iterator[Benchmark]:
+    """Norm, silu and the rotary table."""
+    norm, gate, rope = make_rms_norm(s.hidden, 1e-5), make_silu_mul(s.wide), make_rope_table(s.head_dim)
+    for n in s.rows:
+        yield Benchmark(f"rms_norm, {n} rows", norm, {"n": n}, nbytes=n * s.hidden * 8)
+        yield Benchmark(f"silu_mul, {n} rows", gate, {"n": n}, nbytes=n * s.wide * 12)
+        yield Benchmark(f"rope_table, {n} rows", rope, {"n": n}, nbytes=n * s.head_dim * 4)

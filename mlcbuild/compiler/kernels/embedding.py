@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+import numpy as np
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from mlcbuild.compiler.kernels import tir
+from mlcbuild.compiler.kernels.benchmark import Benchmark, Setting
 from mlcbuild.compiler.kernels.linear_rows16 import make_reader
 from mlcbuild.compiler.kernels.tir import Expr
-from mlcbuild.quantization.layouts.int8_16x64 import BLOCK_BYTES
+from mlcbuild.quantization.layouts.int8_16x64 import BLOCK_BYTES, accepts
 from mlcbuild.recipes.schema import Quantization
 
 ZERO_POINT = 7
@@ -57,3 +59,14 @@ def _make(hidden: int, reader: Callable[[], Callable[[Expr, Expr, Expr], Expr]])
             tir.for_each_row(n, look_up)
 
     return tir.make_prim_func(body)
+
+
+def list_benchmarks(s: Setting) -> Iterator[Benchmark]:
+    """Both layouts, tokens from all over the vocabulary."""
+    kernels = {"rows16": make_embedding_rows16(s.vocab, s.hidden, s.quantization)}
+    if accepts(s.quantization):
+        kernels["int8-16x64"] = make_embedding_int8(s.vocab, s.hidden)
+    for layout, kernel in kernels.items():
+        for n in s.rows:
+            ids = np.linspace(0, s.vocab - 1, n, dtype=np.int32)
+            yield Benchmark(f"{layout}, {n} rows", kernel, {"n": n}, values={"ids": ids}, nbytes=n * s.hidden * 4)

@@ -7,16 +7,17 @@ outputs is cut into parts as wide as a register; a group of a few parts is unpac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from mlcbuild.compiler.kernels import tir
-from mlcbuild.compiler.kernels.quantize_rows import GROUP, MAX_BLOCK, block_rows, code_args
+from mlcbuild.compiler.kernels.benchmark import Benchmark, Setting, list_linears
+from mlcbuild.compiler.kernels.quantize_rows import GROUP, MAX_BLOCK, block_rows, code_args, code_sizes
 from mlcbuild.compiler.kernels.tir import Accumulator, Expr, f32, put, spread, vec
-from mlcbuild.quantization.layouts.int8_16x64 import BLOCK_BYTES, SCALE_BYTES
+from mlcbuild.quantization.layouts.int8_16x64 import BLOCK_BYTES, SCALE_BYTES, accepts
 from mlcbuild.quantization.layouts.rows16 import ROWS
 
 AHEAD = 2304  # bytes of weights asked for in advance by the many-row path
@@ -187,3 +188,14 @@ def _accumulate_row(
         o = (m * 2 + g) * ROWS + part * lanes
         total = tir.to_f32(dot.add_group(unpacked, inputs, spread(corrections[at], lanes)), lanes)
         put(sums, o, tir.fma(total, scale * spread(scales[at], lanes), vec(sums, o, lanes), lanes), lanes)
+
+
+def list_benchmarks(s: Setting) -> Iterator[Benchmark]:
+    """Every matrix, for targets with another dot product of bytes than AVX-512 VNNI's."""
+    dot = None if "avx512_vnni" in s.requires else choose_dot(s.requires)
+    if dot is not None and accepts(s.quantization):
+
+        def make(width: int, inner: int, residual: bool) -> tirx.PrimFunc:
+            return make_linear(width, inner, dot, bias=False, residual=residual)
+
+        yield from list_linears(s, make, code_sizes, ("tiles",), "int8")

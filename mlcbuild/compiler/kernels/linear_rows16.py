@@ -9,14 +9,16 @@ rows16_<method>.py knows how a quantization method is stored.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from mlcbuild.compiler.kernels import tir
+from mlcbuild.compiler.kernels.benchmark import Benchmark, Setting, list_linears
 from mlcbuild.compiler.kernels.tir import Accumulator, Expr, fma, spread
+from mlcbuild.quantization.layouts.rows16 import accepts, storage
 from mlcbuild.recipes.schema import Quantization
 
 
@@ -61,3 +63,16 @@ def _rows(weights: Any, x: Expr, tile: Expr, first: Expr, count: int, k: int, st
                 chains[i % 2].set(fma(w, spread(x[first + m, k8 * 8 + i]), chains[i % 2].get()))
     for m, (even, odd) in enumerate(sums):
         store(first + m, tile, even.get() + odd.get())
+
+
+def list_benchmarks(s: Setting) -> Iterator[Benchmark]:
+    """Every matrix in the quantization at hand."""
+
+    def make(width: int, inner: int, residual: bool) -> tirx.PrimFunc:
+        return make_linear(width, inner, s.quantization, bias=False, residual=residual)
+
+    if accepts(s.quantization):
+        packed = len(storage(s.quantization, (16, s.hidden)))
+        some = make(*s.matrices["o"], True)
+        streams = tuple(p.name for p in some.params[:packed])
+        yield from list_linears(s, make, lambda rows, inner: {}, streams, "float32")

@@ -10,15 +10,16 @@ the same order: a row's result is the same to the last bit, whatever else is in 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from mlcbuild.compiler.kernels import tir
-from mlcbuild.compiler.kernels.quantize_rows import GROUP, MAX_BLOCK, block_rows, code_args
+from mlcbuild.compiler.kernels.benchmark import Benchmark, Setting, list_linears
+from mlcbuild.compiler.kernels.quantize_rows import GROUP, MAX_BLOCK, block_rows, code_args, code_sizes
 from mlcbuild.compiler.kernels.tir import F32, I32, Accumulator, Expr, f32, fma, put, spread, vec
-from mlcbuild.quantization.layouts.int8_16x64 import BLOCK_BYTES
+from mlcbuild.quantization.layouts.int8_16x64 import BLOCK_BYTES, accepts
 
 AHEAD = 12  # blocks of weights asked for in advance by the many-row path, too busy for the hardware prefetcher
 
@@ -147,3 +148,13 @@ def _accumulate_row(
         o = (m * pair + r) * 32 + g * 16
         dot = T.cast(chains[r][0] + chains[r][1], F32)
         put(sums, o, fma(dot, weights[r][0] * spread(scales[at]), vec(sums, o)))
+
+
+def list_benchmarks(s: Setting) -> Iterator[Benchmark]:
+    """Every matrix, for targets with AVX-512 VNNI."""
+
+    def make(width: int, inner: int, residual: bool) -> tirx.PrimFunc:
+        return make_linear(width, inner, bias=False, residual=residual)
+
+    if "avx512_vnni" in s.requires and accepts(s.quantization):
+        yield from list_linears(s, make, code_sizes, ("tiles",), "int8")

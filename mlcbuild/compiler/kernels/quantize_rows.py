@@ -9,12 +9,13 @@ group: the matmul reads them as one sequential stream, and no two rows share an 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from mlcbuild.compiler.kernels import tir
+from mlcbuild.compiler.kernels.benchmark import Benchmark, Setting
 from mlcbuild.compiler.kernels.elementwise import inverse_rms, silu
 from mlcbuild.compiler.kernels.tir import F32, I32, Expr, f32, put, spread, vec, vec2
 
@@ -54,6 +55,12 @@ def code_args(in_features: int) -> tuple[Expr, Expr, Expr]:
     scales = tir.arg("scales", (tir.size("scales_size"),), "float32")
     corrections = tir.arg("corrections", (tir.size("corrections_size"),), "int32")
     return codes, scales, corrections
+
+
+def code_sizes(rows: int, in_features: int) -> dict[str, int]:
+    """The symbolic sizes of `code_args` for so many rows."""
+    entries = padded_rows(rows) * groups(in_features)
+    return {"codes_size": entries * GROUP, "scales_size": entries, "corrections_size": entries}
 
 
 def make_quantize_rows(in_features: int) -> tirx.PrimFunc:
@@ -152,3 +159,16 @@ def store_group(halves: list[Expr], at: Expr, codes: Expr, scales: Expr, correct
     T.buffer_store(scales, T.Select(something, largest * T.float32(1 / 127), T.float32(0)), [at])
     total = tir.call("int32", "vector.reduce.add", rounded[0] + rounded[1])
     T.buffer_store(corrections, total * T.int32(-ZERO_POINT), [at])
+
+
+def list_benchmarks(s: Setting) -> Iterator[Benchmark]:
+    """Norm, silu and plain rows, as a decoder's layer quantizes them."""
+    made = {
+        "norm": (make_rms_norm_quantize(s.hidden, 1e-5), s.hidden, 1),
+        "silu": (make_silu_mul_quantize(s.wide), s.wide, 2),
+        "plain": (make_quantize_rows(s.hidden), s.hidden, 1),
+    }
+    for name, (kernel, width, inputs) in made.items():
+        for n in s.rows:
+            nbytes = n * width * (4 * inputs + 1)
+            yield Benchmark(f"{name}, {n} rows", kernel, {"n": n, **code_sizes(n, width)}, nbytes=nbytes)
