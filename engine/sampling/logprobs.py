@@ -21,7 +21,7 @@ def make_logprob(logits: NDArray[np.float32], token: int, count: int, get_bytes:
         total = largest + float(np.log(np.exp(logits - np.float32(largest)).sum(dtype=np.float64)))
     top: list[int] = []
     if count:
-        kept = cut_top_k(logits, min(count, len(logits)))
+        kept = np.flatnonzero(cut_top_k(logits, min(count, len(logits))))
         top = kept[np.argsort(-logits[kept], kind="stable")].tolist()
     likeliest = tuple(TokenLogprob(t, get_bytes(t), float(logits[t]) - total) for t in top)
     return TokenLogprob(token, get_bytes(token), float(logits[token]) - total, likeliest)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.core import SamplingParams
-from engine.sampling.cuts import cut_min_p, cut_top_k, cut_top_p, cut_typical
+from engine.sampling.cuts import cut_min_p, cut_top_k, cut_top_p, cut_typical, find_likeliest
 from engine.sampling.sampler import make_generator, pick_token
 
 
@@ -88,31 +88,57 @@ def test_cuts_keep_what_full_sorts_keep(seed: int, size: int, scale: float, mass
     logits = (np.random.default_rng(seed).standard_normal(size) * scale).astype(np.float32)
     weights = np.exp(logits - logits.max())
     for cut, name in ((cut_top_p, "top_p"), (cut_typical, "typical_p")):
-        kept = set(cut(weights, mass))
+        kept = set(np.flatnonzero(cut(weights, mass)))
         few, many = (make_reference(logits, **{name: mass + d}) for d in (-2e-5, 2e-5))
         low, high = np.count_nonzero(few), np.count_nonzero(many)
         assert low <= len(kept) <= high or mass > 0.998
         assert len(kept - set(np.flatnonzero(many))) <= (0 if name == "top_p" else 2)
-    assert set(cut_min_p(weights, mass)) == set(np.flatnonzero(weights >= np.float32(mass)))
+    assert set(np.flatnonzero(cut_min_p(weights, mass))) == set(np.flatnonzero(weights >= np.float32(mass)))
     count = 1 + int(mass * (size - 1))
-    assert set(cut_top_k(weights, count)) == set(np.argsort(-weights, kind="stable")[:count])
+    assert set(np.flatnonzero(cut_top_k(weights, count))) == set(np.argsort(-weights, kind="stable")[:count])
 
 
 def test_cuts_of_equal_weights() -> None:
     for size in (128, 8192):
         weights = np.ones(size, np.float32)
-        assert cut_top_p(weights, 0.5).tolist() == cut_typical(weights, 0.5).tolist() == list(range(size // 2))
-        assert len(cut_min_p(weights, 1.0)) == size
+        for cut in (cut_top_p, cut_typical):
+            assert np.flatnonzero(cut(weights, 0.5)).tolist() == list(range(size // 2))
+        assert cut_min_p(weights, 1.0).all()
     one = np.array([0, 1, 0], np.float32)
-    assert cut_top_p(one, 0.9).tolist() == cut_typical(one, 0.9).tolist() == cut_min_p(one, 0.5).tolist() == [1]
+    for kept in (cut_top_p(one, 0.9), cut_typical(one, 0.9), cut_min_p(one, 0.5)):
+        assert kept.tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0, 3.0])
+def test_a_large_vocabulary_is_cut_as_full_sorts_cut_it(scale: float) -> None:
+    """Flat or steep: what is looked at first finds the same edge."""
+    logits = (np.random.default_rng(1).standard_normal(50_000) * scale).astype(np.float32)
+    weights = np.exp(logits - logits.max())
+    for top_p in (0.1, 0.9, 0.99):
+        few, many = (make_reference(logits, top_p=top_p + d) for d in (-2e-6, 2e-6))
+        kept = np.flatnonzero(cut_top_p(weights, top_p))
+        assert np.count_nonzero(few) <= len(kept) <= np.count_nonzero(many)
+        assert set(kept) <= set(np.flatnonzero(many))
+    for count in (1, 40, 1000):
+        likeliest = find_likeliest(logits, count)
+        assert likeliest is not None
+        assert set(np.argsort(-logits, kind="stable")[:count]) <= set(likeliest)
+        assert len(likeliest) < 4 * count + 8
+    assert find_likeliest(logits, 2000) is find_likeliest(logits[:2000], 5) is None
+
+
+def test_a_few_weights_that_mislead_about_the_others() -> None:
+    """Those looked at first are all small, so that everything is sorted after all."""
+    weights = np.full(40_960, 0.6, np.float32)
+    weights[5::10] = 1.0
+    assert np.flatnonzero(cut_top_p(weights, 0.1)).tolist() == list(range(5, 26_225, 10))
 
 
 def test_typical_by_hand() -> None:
     """Probabilities 0.5, 0.3, 0.2: the entropy is 1.0297, and the surprisals are 0.6931, 1.2040 and 1.6094."""
     weights = np.array([0.5, 0.3, 0.2], np.float32)
-    assert cut_typical(weights, 0.2).tolist() == cut_typical(weights, 0.3).tolist() == [1]
-    assert cut_typical(weights, 0.31).tolist() == cut_typical(weights, 0.79).tolist() == [0, 1]
-    assert cut_typical(weights, 0.81).tolist() == [0, 1, 2]
+    for mass, kept in ((0.2, [1]), (0.3, [1]), (0.31, [0, 1]), (0.79, [0, 1]), (0.81, [0, 1, 2])):
+        assert np.flatnonzero(cut_typical(weights, mass)).tolist() == kept
 
 
 def test_equal_logits_at_the_cut_go_to_the_smaller_ids() -> None:
