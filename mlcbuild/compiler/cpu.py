@@ -27,6 +27,7 @@ from mlcbuild.compiler.kernels import (
 from mlcbuild.compiler.lowering import PAGE_SIZE, AttentionShape, Program
 from mlcbuild.errors import CompileError
 from mlcbuild.quantization import get_layout
+from mlcbuild.quantization.group import get_zero
 from mlcbuild.recipes.schema import Limits, Quantization, Target
 
 TILES = "int8-16x64"
@@ -69,9 +70,9 @@ class Linear(nn.Module):
         if self.layout != TILES:
             kernel = _kernel(linear_rows16.make_linear, rows, columns, self.q, **has)
         elif self.dot is None:
-            kernel = _kernel(linear_vnni.make_linear, rows, columns, **has)
+            kernel = _kernel(linear_vnni.make_linear, rows, columns, bits=self.q.bits, **has)
         else:
-            kernel = _kernel(linear_dot.make_linear, rows, columns, self.dot, **has)
+            kernel = _kernel(linear_dot.make_linear, rows, columns, self.dot, bits=self.q.bits, **has)
         args = [*self.weights(), *inputs] + ([self.bias] if self.bias is not None else [])
         name, y = f"linear_{rows}x{columns}", _out([n, -(-rows // 16) * 16])
         if residual is None:
@@ -81,7 +82,7 @@ class Linear(nn.Module):
     def _quantized(self, x: Tensor) -> list[Tensor]:
         if isinstance(x, Coded):
             return x.codes
-        kernel = _kernel(quantize_rows.make_quantize_rows, self.shape[1])
+        kernel = _kernel(quantize_rows.make_quantize_rows, self.shape[1], zero=get_zero(self.q.bits))
         return make_codes(kernel, "quantize_rows", self.shape[1], [x])
 
 
@@ -109,7 +110,7 @@ class Embedding(Linear):
     def forward(self, ids: Tensor, residual: Tensor | None = None) -> Tensor:
         vocab, hidden = self.shape
         if self.layout == TILES:
-            kernel = embedding.make_embedding_int8(vocab, hidden)
+            kernel = embedding.make_embedding_int8(vocab, hidden, bits=self.q.bits)
         else:
             kernel = embedding.make_embedding_rows16(vocab, hidden, self.q)
         return op.tensor_ir_op(kernel, "embedding", [ids, *self.weights()], _out([ids.shape[0], hidden]))
@@ -122,30 +123,30 @@ class Embedding(Linear):
 class RMSNorm(nn.Module):
     """x / rms(x) * weight."""
 
-    def __init__(self, hidden_size: int, eps: float, layout: str) -> None:
+    def __init__(self, hidden_size: int, eps: float, zero: int | None) -> None:
         super().__init__()
-        self.hidden_size, self.eps, self.layout = hidden_size, eps, layout
+        self.hidden_size, self.eps, self.zero = hidden_size, eps, zero
         self.weight = nn.Parameter((hidden_size,), "float32")
 
     def forward(self, x: Tensor) -> Tensor:
         kernel = _kernel(elementwise.make_rms_norm, self.hidden_size, self.eps)
         y = op.tensor_ir_op(kernel, "rms_norm", [x, self.weight], _out(x.shape))
-        if self.layout != TILES:
+        if self.zero is None:
             return y
-        fused = _kernel(quantize_rows.make_rms_norm_quantize, self.hidden_size, self.eps)
+        fused = _kernel(quantize_rows.make_rms_norm_quantize, self.hidden_size, self.eps, zero=self.zero)
         return Coded(y, make_codes(fused, "rms_norm_quantize", self.hidden_size, [x, self.weight]))
 
 
 class TensorCache:
     """The KV cache of one call: the pages as they are after the last append, and where each token goes.
 
-    `coded`: the results are wanted as int8 codes too.
+    `zero`: the results are wanted as int8 codes too, for weights whose zero point this is.
     """
 
     def __init__(
-        self, heads: attention.Heads, pages: Tensor, where: list[Tensor], rope: Tensor, *, coded: bool
+        self, heads: attention.Heads, pages: Tensor, where: list[Tensor], rope: Tensor, zero: int | None
     ) -> None:
-        self.heads, self.pages, self.where, self.rope, self.coded = heads, pages, where, rope, coded
+        self.heads, self.pages, self.where, self.rope, self.zero = heads, pages, where, rope, zero
         self.append, self.attend = _kernel(attention.make_rope_append, heads), _kernel(attention.make_attention, heads)
 
     def attention(self, layer: int, qkv: Tensor) -> Tensor:
@@ -159,9 +160,9 @@ class TensorCache:
         width = self.heads.heads * self.heads.head_dim
         inputs = [qkv, self.pages, *where]
         y = op.tensor_ir_op(self.attend, "attention", inputs, _out([qkv.shape[0], width]))
-        if not self.coded:
+        if self.zero is None:
             return y
-        fused = _kernel(attention.make_attention, self.heads, quantize=True)
+        fused = _kernel(attention.make_attention, self.heads, zero=self.zero)
         return Coded(y, make_codes(fused, "attention_quantize", width, inputs))
 
 
@@ -169,10 +170,10 @@ class CpuProgram(nn.Module):
     """The exported functions; `pages` is updated in place and also returned."""
 
     def __init__(
-        self, network: nn.Module, shape: AttentionShape, hidden_size: int, kv_dtype: str, *, coded: bool
+        self, network: nn.Module, shape: AttentionShape, hidden_size: int, kv_dtype: str, zero: int | None
     ) -> None:
         super().__init__()
-        self.network, self.hidden_size, self.coded = network, hidden_size, coded
+        self.network, self.hidden_size, self.zero = network, hidden_size, zero
         self.heads = attention.Heads(shape.layers, shape.heads, shape.kv_heads, shape.head_dim, kv_dtype)
         frequencies = elementwise.inverse_frequencies(shape.head_dim, shape.rope_theta, shape.rope_scaling)
         self.frequencies = np.ascontiguousarray(frequencies)
@@ -224,7 +225,7 @@ class CpuProgram(nn.Module):
         frequencies = Tensor.from_const(self.frequencies)
         kernel = _kernel(elementwise.make_rope_table, d)
         rope = op.tensor_ir_op(kernel, "rope_table", [positions, frequencies], _out([positions.shape[0], d]))
-        kv = TensorCache(self.heads, pages, [positions, rows, table], rope, coded=self.coded)
+        kv = TensorCache(self.heads, pages, [positions, rows, table], rope, self.zero)
         return self.network(h, kv), kv.pages
 
     def spec(self) -> nn.spec.ModuleSpec:
@@ -250,10 +251,14 @@ class CpuProgram(nn.Module):
 
 
 class CpuLowering:
-    """See lowering.Lowering. `dot`: how bytes are multiplied over the layout `int8-16x64`; None: by AVX-512 VNNI."""
+    """See lowering.Lowering. `dot`: how bytes are multiplied over the layout `int8-16x64`; None: by AVX-512 VNNI.
+
+    `zero`: the code of weight 0, which activations rounded to int8 are corrected by; None: they stay as they are.
+    """
 
     def __init__(self, quantization: Quantization, layout: str, dot: linear_dot.Dot | None) -> None:
         self.q, self.layout, self.dot = quantization, layout, dot
+        self.zero = get_zero(quantization.bits) if layout == TILES else None
 
     def linear(self, in_features: int, out_features: int, bias: bool = False) -> nn.Module:
         return Linear(out_features, in_features, self, bias)
@@ -262,20 +267,20 @@ class CpuLowering:
         return Embedding(vocab_size, hidden_size, self, False)
 
     def rms_norm(self, hidden_size: int, eps: float) -> nn.Module:
-        return RMSNorm(hidden_size, eps, self.layout)
+        return RMSNorm(hidden_size, eps, self.zero)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         n, width = gate_up.shape[0], int(gate_up.shape[1]) // 2
         y = op.tensor_ir_op(_kernel(elementwise.make_silu_mul, width), "silu_mul", [gate_up], _out([n, width]))
-        if self.layout != TILES:
+        if self.zero is None:
             return y
-        fused = _kernel(quantize_rows.make_silu_mul_quantize, width)
+        fused = _kernel(quantize_rows.make_silu_mul_quantize, width, zero=self.zero)
         return Coded(y, make_codes(fused, "silu_mul_quantize", width, [gate_up]))
 
     def export(self, model: nn.Module, shape: AttentionShape, hidden_size: int, limits: Limits) -> Program:
         """See lowering.Lowering; raises CompileError for a shape that the kernels cannot hold."""
         check_shape(shape, hidden_size)
-        program = CpuProgram(model, shape, hidden_size, self.q.dtype, coded=self.layout == TILES)
+        program = CpuProgram(model, shape, hidden_size, self.q.dtype, self.zero)
         module, named = program.export_tvm(spec=program.spec())[:2]
         params = [(n.removeprefix("network."), tuple(int(s) for s in p.shape), str(p.dtype)) for n, p in named]
         kv = {

@@ -1,8 +1,9 @@
-"""group: 4-bit codes with one scale per group of weights along the input axis, in MLC's storage (q4f16_1, q4f32_1).
+"""group: codes of 4 or 8 bits with one scale per group of weights along the input axis, in MLC's storage.
 
-For a group of weights w: scale = max|w| / 7 in q.dtype, code = clamp(round(w / scale + 7), 0, 14), weight = (code - 7)
-* scale. Eight codes make a uint32, the first in the lowest bits. A group whose scale is 0 (all zero, or too small for
-q.dtype) stores the code 7, where MLC divides by zero.
+For a group of weights w, with zero = 7 for 4 bits and 127 for 8: scale = max|w| / zero in q.dtype, code =
+clamp(round(w / scale + zero), 0, 2 zero), weight = (code - zero) * scale. Eight codes of 4 bits or four of 8 make a
+uint32, the first in the lowest bits. A group whose scale is 0 (all zero, or too small for q.dtype) stores the code
+zero, where MLC divides by zero. MLC itself has no 8 bits; its names and storage say how they would be (q8f16_1).
 """
 
 from __future__ import annotations
@@ -20,15 +21,24 @@ if TYPE_CHECKING:
     from mlcbuild.quantization import Tensors
     from mlcbuild.recipes.schema import Quantization
 
-ZERO = 7  # the code of weight 0
-CODES = 8  # codes in a uint32
+WIDTHS = (4, 8)  # bits of a code
+
+
+def get_zero(bits: int) -> int:
+    """The code of weight 0."""
+    return (1 << (bits - 1)) - 1
+
+
+def get_zero_word(bits: int) -> int:
+    """A uint32 of codes of weight 0."""
+    return get_zero(bits) * (0xFFFFFFFF // ((1 << bits) - 1))
 
 
 def get_group_size(q: Quantization) -> int:
     """Weights per scale. Raises RecipeError for parameters that this method does not implement."""
-    if q.bits != 4 or q.group_size is None or q.group_size % CODES:
+    if q.bits not in WIDTHS or q.group_size is None or q.group_size % 8:
         raise RecipeError(
-            f"quantization '{q.name}': method group needs bits 4 and a group_size that is a multiple of 8, "
+            f"quantization '{q.name}': method group needs bits 4 or 8 and a group_size that is a multiple of 8, "
             f"not bits {q.bits} and group_size {q.group_size}",
             hint=f"mend recipes/quantizations/{q.name}.yaml, e.g. bits: 4, group_size: 32",
         )
@@ -36,7 +46,7 @@ def get_group_size(q: Quantization) -> int:
 
 
 def storage(q: Quantization, shape: tuple[int, int]) -> dict[str, TensorSpec]:
-    """{"q_weight": (N, K/8) uint32, "q_scale": (N, K/group) in q.dtype}. K must be a multiple of the group."""
+    """{"q_weight": (N, K bits/32) uint32, "q_scale": (N, K/group) in q.dtype}. K must be a multiple of the group."""
     group = get_group_size(q)
     rows, width = shape
     if width % group:
@@ -45,7 +55,7 @@ def storage(q: Quantization, shape: tuple[int, int]) -> dict[str, TensorSpec]:
             hint=f"use a quantization without groups (q0f16, q0f32), or a group_size that divides {width}",
         )
     return {
-        "q_weight": TensorSpec((rows, width // CODES), "uint32"),
+        "q_weight": TensorSpec((rows, width * q.bits // 32), "uint32"),
         "q_scale": TensorSpec((rows, width // group), q.dtype),
     }
 
@@ -53,16 +63,18 @@ def storage(q: Quantization, shape: tuple[int, int]) -> dict[str, TensorSpec]:
 def quantize(q: Quantization, weight: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
     """Codes and scales of a block of rows (rows, K) float32, finite. Fastest for blocks that fit in the L2 cache."""
     rows, width = weight.shape
-    group = get_group_size(q)
-    scale = (max_of_groups(weight, group) / np.float32(ZERO)).astype(q.dtype).reshape(rows, width // group)
+    group, zero = get_group_size(q), get_zero(q.bits)
+    scale = (max_of_groups(weight, group) / np.float32(zero)).astype(q.dtype).reshape(rows, width // group)
     divisor = scale.astype(np.float32)
     divisor[divisor == 0] = 1
     codes = weight.reshape(rows, width // group, group) / divisor[:, :, None]
-    # Truncation after + 7.5 rounds to the nearest; a scale near the smallest float16 may still be far from max|w|/7.
-    codes += np.float32(ZERO + 0.5)
-    np.clip(codes, 0, 2 * ZERO, out=codes)
-    pairs = codes.astype(np.uint8).reshape(rows, width).view("<u2")
-    packed = (pairs | (pairs >> 4)).astype(np.uint8)
+    # Truncation after + 0.5 rounds to the nearest; a scale near the smallest float16 may still be far from max|w|/zero.
+    codes += np.float32(zero + 0.5)
+    np.clip(codes, 0, 2 * zero, out=codes)
+    packed = codes.astype(np.uint8).reshape(rows, width)
+    if q.bits == 4:
+        pairs = packed.view("<u2")
+        packed = (pairs | (pairs >> 4)).astype(np.uint8)
     return {"q_weight": packed.view("<u4"), "q_scale": scale}
 
 
@@ -84,30 +96,31 @@ def max_of_groups(weight: NDArray[np.float32], group: int) -> NDArray[np.float32
 
 def dequantize(q: Quantization, tensors: Tensors) -> NDArray[np.float32]:
     """The float32 rows (rows, K) that codes and scales stand for: the product is exact in float32."""
-    codes = get_codes(tensors["q_weight"])
+    codes = get_codes(tensors["q_weight"], q.bits)
     rows, width = codes.shape
     scale = tensors["q_scale"].astype(np.float32)
-    groups = codes.reshape(rows, scale.shape[1], -1).astype(np.float32) - ZERO
+    groups = codes.reshape(rows, scale.shape[1], -1).astype(np.float32) - get_zero(q.bits)
     groups *= scale[:, :, None]
     return groups.reshape(rows, width)
 
 
-def get_codes(q_weight: NDArray[Any]) -> NDArray[np.uint8]:
-    """Unpack uint32 (rows, K/8) to one code per byte (rows, K)."""
-    pairs = np.ascontiguousarray(q_weight).view(np.uint8)
-    return np.stack((pairs & 15, pairs >> 4), axis=-1).reshape(len(q_weight), -1)
+def get_codes(q_weight: NDArray[Any], bits: int) -> NDArray[np.uint8]:
+    """Unpack uint32 (rows, K bits/32) to one code per byte (rows, K)."""
+    packed: NDArray[np.uint8] = np.ascontiguousarray(q_weight).view(np.uint8)
+    return packed if bits == 8 else np.stack((packed & 15, packed >> 4), axis=-1).reshape(len(q_weight), -1)
 
 
 def dequantize_te(q: Quantization, shape: tuple[Any, int], tensors: Mapping[str, Any]) -> Any:
-    """te.Tensor (N, K) in q.dtype: (code - 7) * scale."""
+    """te.Tensor (N, K) in q.dtype: (code - zero) * scale."""
     from tvm import te, tirx
 
-    group = get_group_size(q)
+    group, codes = get_group_size(q), 32 // q.bits
     q_weight, q_scale = tensors["q_weight"], tensors["q_scale"]
 
     def compute(n: Any, k: Any) -> Any:
-        shift = ((k % CODES) * q.bits).astype("uint32")
-        code = tirx.bitwise_and(tirx.shift_right(q_weight[n, k // CODES], shift), tirx.const(15, "uint32"))
-        return (code.astype(q.dtype) - tirx.const(ZERO, q.dtype)) * q_scale[n, k // group]
+        shift = ((k % codes) * q.bits).astype("uint32")
+        mask = tirx.const((1 << q.bits) - 1, "uint32")
+        code = tirx.bitwise_and(tirx.shift_right(q_weight[n, k // codes], shift), mask)
+        return (code.astype(q.dtype) - tirx.const(get_zero(q.bits), q.dtype)) * q_scale[n, k // group]
 
     return te.compute(shape, compute, name="dequantize")

@@ -15,6 +15,7 @@ import test_kernels as kernels
 import tvm
 
 from mlcbuild.compiler.kernels import linear_dot, quantize_rows
+from mlcbuild.quantization.group import get_zero
 from mlcbuild.recipes.load import load_recipes
 
 ROOT = Path(__file__).parents[2]
@@ -77,7 +78,7 @@ def test_small_kernels(monkeypatch: pytest.MonkeyPatch, build: Any, rng: np.rand
     kernels.test_elementwise(rng)
     kernels.test_rope_table()
     kernels.test_embedding_rows16(rng, kernels.Q4F16)
-    kernels.test_embedding_int8(rng)
+    kernels.test_embedding_int8(rng, kernels.Q8F16)
     kernels.test_fused_quantization_equals_its_parts(rng, 96)
 
 
@@ -87,18 +88,19 @@ def test_attention(monkeypatch: pytest.MonkeyPatch, build: Any, rng: np.random.G
     kernels.test_attention_over_pages(rng, 8, 2, 64, dtype)
 
 
-@pytest.mark.parametrize("q", [kernels.Q4F16, kernels.Q0F16], ids=lambda q: q.name)
+@pytest.mark.parametrize("q", [kernels.Q4F16, kernels.Q8F16, kernels.Q0F16], ids=lambda q: q.name)
 def test_linear_rows16(monkeypatch: pytest.MonkeyPatch, build: Any, rng: np.random.Generator, q: Any) -> None:
     monkeypatch.setattr(kernels, "build", build)
     kernels.test_linear_rows16(rng, q, True)
 
 
 @pytest.mark.parametrize("target", ["aarch64-dotprod"], indirect=True)
-def test_linear_with_dot_products(build: Any, rng: np.random.Generator) -> None:
-    rows, width = 40, 160
-    packed, dense = kernels.make_weights(rng, kernels.Q4F16, "int8-16x64", (rows, width))
-    quantizer = build(quantize_rows.make_quantize_rows(width))
-    kernel = build(linear_dot.make_linear(rows, width, linear_dot.DOTS["asimddp"], bias=False, residual=True))
+@pytest.mark.parametrize("q", kernels.BYTES, ids=lambda q: q.name)
+def test_linear_with_dot_products(build: Any, rng: np.random.Generator, q: Any) -> None:
+    rows, width, dot = 40, 160, linear_dot.DOTS["asimddp"]
+    packed, dense = kernels.make_weights(rng, q, "int8-16x64", (rows, width))
+    quantizer = build(quantize_rows.make_quantize_rows(width, zero=get_zero(q.bits)))
+    kernel = build(linear_dot.make_linear(rows, width, dot, bits=q.bits, bias=False, residual=True))
     for n in (1, 2, 5, 67):
         x, y = rng.normal(size=(n, width)).astype(np.float32), rng.normal(size=(n, 48)).astype(np.float32)
         acts, wanted = kernels.codes_for(n, width), kernels.quantize(x) @ dense.T + y[:, :rows]

@@ -20,6 +20,7 @@ from mlcbuild.compiler.kernels import (
     quantize_rows,
 )
 from mlcbuild.quantization import get_layout, get_method
+from mlcbuild.quantization.group import get_zero
 from mlcbuild.recipes.load import load_recipes
 from mlcbuild.recipes.schema import Quantization
 
@@ -27,8 +28,11 @@ ROOT = Path(__file__).parents[2]
 
 Q4F16 = Quantization(name="q4f16_1", method="group", bits=4, group_size=32, dtype="float16", activations="int8")
 Q4F32 = Quantization(name="q4f32_1", method="group", bits=4, group_size=32, dtype="float32")
+Q8F16 = Quantization(name="q8f16_1", method="group", bits=8, group_size=32, dtype="float16", activations="int8")
+Q8F32 = Quantization(name="q8f32_1", method="group", bits=8, group_size=32, dtype="float32")
 Q0F32 = Quantization(name="q0f32", method="plain", bits=32, dtype="float32")
 Q0F16 = Quantization(name="q0f16", method="plain", bits=16, dtype="float16")
+BYTES, ALL = [Q4F16, Q8F16], [Q4F16, Q4F32, Q8F16, Q8F32, Q0F32, Q0F16]
 HAS_VNNI = "avx512_vnni" in (get_cpu_features() or ())
 needs_vnni = pytest.mark.skipif(not HAS_VNNI, reason="this processor has no AVX-512 VNNI")
 ROWS = [1, 2, 3, 5, 8, 13, 64, 65, 131]
@@ -88,10 +92,11 @@ def codes_for(n, width):
 @needs_vnni
 @pytest.mark.parametrize(("rows", "width"), [(32, 64), (48, 96), (16, 192), (96, 256)])
 @pytest.mark.parametrize(("bias", "residual"), [(False, False), (True, False), (False, True), (True, True)])
-def test_linear_vnni(rng, rows, width, bias, residual):
-    packed, dense = make_weights(rng, Q4F16, "int8-16x64", (rows, width))
-    quantizer = build(quantize_rows.make_quantize_rows(width))
-    kernel = build(linear_vnni.make_linear(rows, width, bias=bias, residual=residual))
+@pytest.mark.parametrize("q", BYTES, ids=lambda q: q.name)
+def test_linear_vnni(rng, q, rows, width, bias, residual):
+    packed, dense = make_weights(rng, q, "int8-16x64", (rows, width))
+    quantizer = build(quantize_rows.make_quantize_rows(width, zero=get_zero(q.bits)))
+    kernel = build(linear_vnni.make_linear(rows, width, bits=q.bits, bias=bias, residual=residual))
     shift = rng.normal(size=rows).astype(np.float32)
     for n in ROWS:
         x = rng.normal(size=(n, width)).astype(np.float32)
@@ -102,7 +107,7 @@ def test_linear_vnni(rng, rows, width, bias, residual):
         np.testing.assert_allclose(y, wanted, atol=2e-5, err_msg=f"{n} rows")
 
 
-@pytest.mark.parametrize("q", [Q4F16, Q4F32, Q0F32, Q0F16], ids=lambda q: q.name)
+@pytest.mark.parametrize("q", ALL, ids=lambda q: q.name)
 @pytest.mark.parametrize("residual", [False, True])
 def test_linear_rows16(rng, q, residual):
     rows, width = 40, 96  # rows is no multiple of 16: the last tile is padded
@@ -120,12 +125,13 @@ DOT_TARGETS = {"avx_vnni": "x86-64-v3-vnni", "avx512bw": "x86-64-v4", "avx2": "x
 
 @pytest.mark.parametrize("feature", DOT_TARGETS)
 @pytest.mark.parametrize(("bias", "residual"), [(False, False), (True, True)])
-def test_linear_dot(rng, feature, bias, residual):
+@pytest.mark.parametrize("q", BYTES, ids=lambda q: q.name)
+def test_linear_dot(rng, q, feature, bias, residual):
     if feature not in (get_cpu_features() or ()):
         pytest.skip(f"this processor has no {feature}")
-    packed, dense = make_weights(rng, Q4F16, "int8-16x64", (48, 160))
-    quantizer = build(quantize_rows.make_quantize_rows(160))
-    has = {"bias": bias, "residual": residual}
+    packed, dense = make_weights(rng, q, "int8-16x64", (48, 160))
+    quantizer = build(quantize_rows.make_quantize_rows(160, zero=get_zero(q.bits)))
+    has = {"bits": q.bits, "bias": bias, "residual": residual}
     kernel = build(linear_dot.make_linear(48, 160, linear_dot.DOTS[feature], **has), DOT_TARGETS[feature])
     vnni = build(linear_vnni.make_linear(48, 160, **has)) if HAS_VNNI else None
     shift = rng.normal(size=48).astype(np.float32)
@@ -144,10 +150,11 @@ def test_linear_dot(rng, feature, bias, residual):
 
 
 @needs_vnni
-def test_linear_vnni_is_batch_invariant(rng):
-    packed, _ = make_weights(rng, Q4F16, "int8-16x64", (96, 256))
-    quantizer = build(quantize_rows.make_quantize_rows(256))
-    kernel = build(linear_vnni.make_linear(96, 256, bias=False, residual=False))
+@pytest.mark.parametrize("q", BYTES, ids=lambda q: q.name)
+def test_linear_vnni_is_batch_invariant(rng, q):
+    packed, _ = make_weights(rng, q, "int8-16x64", (96, 256))
+    quantizer = build(quantize_rows.make_quantize_rows(256, zero=get_zero(q.bits)))
+    kernel = build(linear_vnni.make_linear(96, 256, bits=q.bits, bias=False, residual=False))
     x, results = rng.normal(size=(131, 256)).astype(np.float32), []
     for n in ROWS:
         acts, y = codes_for(n, 256), np.zeros((n, 96), np.float32)
@@ -168,7 +175,7 @@ def test_linear_rows16_is_batch_invariant(rng):
     np.testing.assert_array_equal(results, np.broadcast_to(results[0], (len(ROWS), 48)))
 
 
-@pytest.mark.parametrize("q", [Q4F16, Q4F32, Q0F32, Q0F16], ids=lambda q: q.name)
+@pytest.mark.parametrize("q", ALL, ids=lambda q: q.name)
 def test_embedding_rows16(rng, q):
     packed, dense = make_weights(rng, q, "rows16", (40, 96))
     ids, y = np.array([0, 39, 17, 16], np.int32), np.zeros((4, 96), np.float32)
@@ -176,10 +183,11 @@ def test_embedding_rows16(rng, q):
     np.testing.assert_allclose(y, dense[ids], rtol=1e-6, atol=1e-7)
 
 
-def test_embedding_int8(rng):
-    packed, dense = make_weights(rng, Q4F16, "int8-16x64", (40, 96))
+@pytest.mark.parametrize("q", BYTES, ids=lambda q: q.name)
+def test_embedding_int8(rng, q):
+    packed, dense = make_weights(rng, q, "int8-16x64", (40, 96))
     ids, y = np.array([0, 39, 17, 16], np.int32), np.zeros((4, 96), np.float32)
-    build(embedding.make_embedding_int8(40, 96))(ids, *packed, y)
+    build(embedding.make_embedding_int8(40, 96, bits=q.bits))(ids, *packed, y)
     np.testing.assert_array_equal(y, dense[ids])
 
 
@@ -208,10 +216,10 @@ def test_rope_table():
 @pytest.mark.parametrize("width", [64, 96, 1024])
 def test_fused_quantization_equals_its_parts(rng, width):
     """Normalising or gating and quantizing in one kernel gives the codes of the two, to the last bit."""
-    plain, weight = build(quantize_rows.make_quantize_rows(width)), rng.normal(size=width).astype(np.float32)
+    plain, weight = build(quantize_rows.make_quantize_rows(width, zero=7)), rng.normal(size=width).astype(np.float32)
     norm, gated = build(elementwise.make_rms_norm(width, 1e-5)), build(elementwise.make_silu_mul(width))
-    fused_norm = build(quantize_rows.make_rms_norm_quantize(width, 1e-5))
-    fused_gated = build(quantize_rows.make_silu_mul_quantize(width))
+    fused_norm = build(quantize_rows.make_rms_norm_quantize(width, 1e-5, zero=7))
+    fused_gated = build(quantize_rows.make_silu_mul_quantize(width, zero=7))
     for n in (1, 3, 65):
         x, y = rng.normal(size=(n, 2 * width)).astype(np.float32), np.zeros((n, width), np.float32)
         wanted, got = codes_for(n, width), codes_for(n, width)
@@ -230,7 +238,7 @@ def test_fused_quantization_equals_its_parts(rng, width):
 
 def test_quantize_rows_of_zeros():
     acts = codes_for(2, 64)
-    build(quantize_rows.make_quantize_rows(64))(np.zeros((2, 64), np.float32), *acts)
+    build(quantize_rows.make_quantize_rows(64, zero=7))(np.zeros((2, 64), np.float32), *acts)
     assert not any(a[: 2 * 2].any() for a in acts)
 
 
@@ -288,8 +296,8 @@ def test_attention_over_pages(rng, heads, kv_heads, d, dtype):
 def test_attention_quantizes_as_its_parts(rng, heads, kv_heads, d):
     """Codes straight from attention are those of its plain results, to the last bit; also of a padded row."""
     h = attention.Heads(layers=1, heads=heads, kv_heads=kv_heads, head_dim=d, dtype="float16")
-    plain, fused = build(attention.make_attention(h)), build(attention.make_attention(h, quantize=True))
-    quantizer = build(quantize_rows.make_quantize_rows(heads * d))
+    plain, fused = build(attention.make_attention(h)), build(attention.make_attention(h, zero=7))
+    quantizer = build(quantize_rows.make_quantize_rows(heads * d, zero=7))
     pages = rng.normal(size=(1, 12, 2, kv_heads, 16, d)).astype(np.float16)
     table = rng.permutation(12).astype(np.int32).reshape(2, 6)
     for n in (1, 2, 5, 66):
@@ -321,8 +329,8 @@ def test_extreme_activations_stay_finite(rng):
     acts = codes_for(9, width)
     build(elementwise.make_rms_norm(width, 1e-5))(x, np.ones(width, np.float32), normed)
     assert np.isfinite(normed).all()
-    build(quantize_rows.make_quantize_rows(width))(x, *acts)
-    build(linear_vnni.make_linear(32, width, bias=False, residual=False))(*packed, *acts, y)
+    build(quantize_rows.make_quantize_rows(width, zero=7))(x, *acts)
+    build(linear_vnni.make_linear(32, width, bits=4, bias=False, residual=False))(*packed, *acts, y)
     np.testing.assert_allclose(y, quantize(x) @ dense.T, rtol=1e-5, atol=1e-2)
     gate_up, gated = np.tile(x, (1, 2)), np.zeros((9, width), np.float32)
     build(elementwise.make_silu_mul(width))(gate_up, gated)

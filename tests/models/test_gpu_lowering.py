@@ -131,10 +131,11 @@ def test_four_bit_logits_equal_dequantized_weights(tmp_path: Path) -> None:
     check(found, compute_dequantized(case, "q4f32_1", tmp_path / "source"), FOUR_BIT_ERROR)
 
 
-def test_half_precision_stays_close(tmp_path: Path) -> None:
+@pytest.mark.parametrize("quantization", ["q4f16_1", "q8f16_1"])
+def test_half_precision_stays_close(quantization: str, tmp_path: Path) -> None:
     case = "llama-tied-llama3-rope"
-    found = Runner(case, "q4f16_1", tmp_path).run(make_tokens(CASES[case]))[ASKED]
-    wanted = compute_dequantized(case, "q4f16_1", tmp_path / "source")[ASKED]
+    found = Runner(case, quantization, tmp_path).run(make_tokens(CASES[case]))[ASKED]
+    wanted = compute_dequantized(case, quantization, tmp_path / "source")[ASKED]
     assert compute_divergence(log_softmax(wanted), log_softmax(found)).kl < HALF_KL
 
 

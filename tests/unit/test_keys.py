@@ -70,9 +70,9 @@ def edit(path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("file", "name", "tasks"),
     [
-        ("mlcbuild/quantization/group.py", "quantize", ["convert:*/q4*"]),
-        ("mlcbuild/quantization/group.py", "storage", ["convert:*/q4*", "compile:*/q4*"]),
-        ("mlcbuild/quantization/group.py", "dequantize_te", ["compile:*/q4*/cuda*"]),
+        ("mlcbuild/quantization/group.py", "quantize", ["convert:*/q[48]*"]),
+        ("mlcbuild/quantization/group.py", "storage", ["convert:*/q[48]*", "compile:*/q[48]*"]),
+        ("mlcbuild/quantization/group.py", "dequantize_te", ["compile:*/q[48]*/cuda*"]),
         ("mlcbuild/quantization/plain.py", "quantize", ["convert:*/q0*"]),
         ("mlcbuild/quantization/layouts/rows16.py", "pack", ["convert:*/rows16"]),
         ("mlcbuild/models/llama.py", "Model", ["compile:*"]),  # qwen2 builds on it

@@ -10,8 +10,10 @@ from mlcbuild.quantization.group import get_codes
 from mlcbuild.recipes.schema import Quantization
 
 Q4F16 = Quantization(name="q4f16_1", method="group", bits=4, group_size=32, dtype="float16", activations="int8")
+Q8F16 = Quantization(name="q8f16_1", method="group", bits=8, group_size=32, dtype="float16", activations="int8")
 Q4F32 = Quantization(name="q4f32_1", method="group", bits=4, group_size=32, dtype="float32")
 Q0F16 = Quantization(name="q0f16", method="plain", bits=16, dtype="float16")
+EACH = (Q4F16, Q8F16, Q4F32, Q0F16)
 SHAPES = [(16, 64), (48, 128), (37, 96), (1, 32), (17, 192)]
 
 
@@ -20,7 +22,7 @@ def make_tensors(q, shape):
     return get_method(q.method).quantize(q, weight)
 
 
-PAIRS = [(q, name) for q in (Q4F16, Q4F32, Q0F16) for name in list_layouts() if get_layout(name).accepts(q)]
+PAIRS = [(q, name) for q in EACH for name in list_layouts() if get_layout(name).accepts(q)]
 
 
 @pytest.mark.parametrize(("q", "name"), PAIRS, ids=lambda part: getattr(part, "name", part))
@@ -48,10 +50,10 @@ def test_blocks_of_rows_follow_each_other(name):
 
 
 def test_accepts():
-    accepted = {name: [q.name for q in (Q4F16, Q4F32, Q0F16) if get_layout(name).accepts(q)] for name in list_layouts()}
-    assert accepted["canonical"] == ["q4f16_1", "q4f32_1", "q0f16"]
-    assert accepted["rows16"] == ["q4f16_1", "q4f32_1", "q0f16"]
-    assert accepted["int8-16x64"] == ["q4f16_1"]
+    accepted = {name: [q.name for q in EACH if get_layout(name).accepts(q)] for name in list_layouts()}
+    assert accepted["canonical"] == ["q4f16_1", "q8f16_1", "q4f32_1", "q0f16"]
+    assert accepted["rows16"] == ["q4f16_1", "q8f16_1", "q4f32_1", "q0f16"]
+    assert accepted["int8-16x64"] == ["q4f16_1", "q8f16_1"]
 
 
 def test_vectors():
@@ -74,7 +76,7 @@ def test_vnni_bytes_are_where_the_kernel_reads_them():
     rows, width = 20, 96  # neither fills its last block
     tensors = make_tensors(Q4F16, (rows, width))
     codes = np.full((32, 128), 7, np.uint8)
-    codes[:rows, :width] = get_codes(tensors["q_weight"])
+    codes[:rows, :width] = get_codes(tensors["q_weight"], 4)
     scales = np.zeros((32, 4), np.float16)
     scales[:rows, : width // 32] = tensors["q_scale"]
     tiles = get_layout("int8-16x64").pack(Q4F16, tensors)["q_tiles"]
@@ -86,3 +88,16 @@ def test_vnni_bytes_are_where_the_kernel_reads_them():
         for vector, byte in np.ndindex(4, 4):
             found = data[64 + group * 256 + vector * 64 + row * 4 + byte]
             assert found == part[vector * 4 + byte] | part[16 + vector * 4 + byte] << 4
+
+
+def test_bytes_of_eight_bits_are_where_the_kernel_reads_them():
+    rows, width = 20, 96
+    tensors = make_tensors(Q8F16, (rows, width))
+    codes = np.full((32, 128), 127, np.uint8)
+    codes[:rows, :width] = get_codes(tensors["q_weight"], 8)
+    tiles = get_layout("int8-16x64").pack(Q8F16, tensors)["q_tiles"]
+    assert tiles.shape == (2, 2, 1088)
+    for tile, block, group, row in np.ndindex(2, 2, 2, 16):
+        part = codes[tile * 16 + row, (block * 2 + group) * 32 :][:32]
+        found = tiles[tile, block, 64 + group * 512 :][:512].reshape(8, 16, 4)[:, row]
+        np.testing.assert_array_equal(found.reshape(-1), part)

@@ -210,7 +210,10 @@ def test_unknown_names_are_refused_with_the_nearest():
     assert str(caught.value) == "unknown model 'lama3'\n  hint: did you mean llama3 or llama3.2-1b?"
     with pytest.raises(UnknownNameError) as caught:
         load_recipes(ROOT).quantizations["zzz"]
-    assert str(caught.value) == "unknown quantization 'zzz'\n  hint: known: q0f16, q0f32, q4f16_1, q4f32_1"
+    assert (
+        str(caught.value)
+        == "unknown quantization 'zzz'\n  hint: known: q0f16, q0f32, q4f16_1, q4f32_1, q8f16_1, q8f32_1"
+    )
 
 
 def test_no_recipes_folder(tmp_path):
@@ -259,7 +262,7 @@ def test_recipes_of_embedded_models_have_the_shape_of_their_files():
 def test_gates_are_found_by_name_then_glob():
     quality = load_recipes(ROOT).models["tiny"].quality
     assert quality.get_gate("q4f16_1") == quality.gates["q4*"]
-    assert quality.get_gate("q8f16_1") is None
+    assert quality.get_gate("q3f16_1") is None
 
 
 def test_schemas_are_current():

@@ -102,19 +102,19 @@ def make_rope_append(h: Heads) -> tirx.PrimFunc:
     return tir.make_prim_func(body)
 
 
-def make_attention(h: Heads, *, quantize: bool = False) -> tirx.PrimFunc:
+def make_attention(h: Heads, *, zero: int | None = None) -> tirx.PrimFunc:
     """(qkv f32 [n, width] with q rotated, pages, positions, rows, table, layer, y f32 [n, heads d]).
 
     Token m attends to positions 0 ... positions[m] of its sequence. Two passes: all scores into a scratch, then the
-    values; parallel over (key/value head, four tokens). With `quantize` y is written as int8 codes, scales and
-    corrections (see quantize_rows.py), which saves the next matmul a kernel.
+    values; parallel over (key/value head, four tokens). With `zero`, the code of weight 0 in the next matmul, y is
+    written as int8 codes, scales and corrections (see quantize_rows.py), which saves that matmul a kernel.
     """
 
     def body() -> None:
         n = tir.size("n")
         qkv, pages = tir.arg("qkv", (n, h.width), "float32"), _pages(h)
         positions, rows, table, layer = _where()
-        out = _Codes(h, n) if quantize else _Plain(h, n)
+        out = _Plain(h, n) if zero is None else _Codes(h, n, zero)
         max_pages = table.shape[1]
         at_once = next(t for t in (TOKENS, 2, 1) if t * min(h.shared, REGISTERS) <= REGISTERS)
         kernel = _Kernel(h, qkv, pages, positions, rows, table, layer, out)
@@ -157,8 +157,8 @@ class _Plain:
 class _Codes:
     """Results as int8 codes: those of a key/value head's tokens are gathered, then quantized group by group."""
 
-    def __init__(self, h: Heads, n: Expr) -> None:
-        self.n, self.width, self.mine = n, h.heads * h.head_dim, h.shared * h.head_dim
+    def __init__(self, h: Heads, n: Expr, zero: int) -> None:
+        self.n, self.width, self.mine, self.zero = n, h.heads * h.head_dim, h.shared * h.head_dim, zero
         self.args = code_args(self.width)
 
     def begin(self) -> None:
@@ -177,10 +177,10 @@ class _Codes:
             t, g = T.bind(i // per_token), T.bind(i % per_token)
             at = find_entry(first + t, block, per_row)
             halves = [T.bind(vec(self.gathered, i * GROUP + half)) for half in (0, 16)]
-            store_group(halves, T.bind(at + (head * per_token + g) * block), *self.args)
+            store_group(halves, T.bind(at + (head * per_token + g) * block), *self.args, self.zero)
             for padding in range(self.width // GROUP, per_row):
                 with T.If(head * per_token + g == self.width // GROUP - 1), T.Then():
-                    store_group([f32(0), f32(0)], at + padding * block, *self.args)
+                    store_group([f32(0), f32(0)], at + padding * block, *self.args, self.zero)
 
 
 class _Kernel:

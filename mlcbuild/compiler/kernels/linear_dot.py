@@ -1,8 +1,9 @@
-"""4-bit weights times int8 activations over the weight layout `int8-16x64`, for processors without AVX-512 VNNI.
+"""Weights of 4 or 8 bits times int8 activations over the layout `int8-16x64`, for processors without AVX-512 VNNI.
 
 y[m, n] = sum over groups of  scale_w * scale_x * (stored . codes + correction)  (+ bias) (+ y): as linear_vnni.py, and
 the same to the last bit, since integers are exact and the floating-point sums have the same order. A tile of 16
 outputs is cut into parts as wide as a register; a group of a few parts is unpacked once and meets all rows of a block.
+Where products of full bytes would overflow, an 8-bit code is taken as two of 4 bits, the upper one times 16.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ from mlcbuild.compiler.kernels import tir
 from mlcbuild.compiler.kernels.benchmark import Benchmark, Setting, list_linears
 from mlcbuild.compiler.kernels.quantize_rows import GROUP, MAX_BLOCK, block_rows, code_args, code_sizes
 from mlcbuild.compiler.kernels.tir import Accumulator, Expr, f32, put, spread, vec
-from mlcbuild.quantization.layouts.int8_16x64 import BLOCK_BYTES, SCALE_BYTES, accepts
+from mlcbuild.quantization.group import get_zero
+from mlcbuild.quantization.layouts.int8_16x64 import SCALE_BYTES, accepts, get_block_bytes
 from mlcbuild.quantization.layouts.rows16 import ROWS
+
+Planes = list[list[Expr]]  # registers of codes by place value: ones, and sixteens if there are two
 
 AHEAD = 2304  # bytes of weights asked for in advance by the many-row path
 
@@ -36,6 +40,15 @@ class Dot:
     parts: int
     instruction: str
     pairs: str = ""
+    signed: bool = False  # whether it takes both bytes as signed: those of 8-bit weights less their zero point then
+
+    def add_planes(self, planes: Planes, codes: list[Expr], correction: Expr) -> Expr:
+        """int32 [lanes]: the dot products of 32 inputs with codes of weights, corrected for their zero point."""
+        total = self.add_group(planes[0], codes, correction)
+        for plane in planes[1:]:
+            sixteens = self.add_group(plane, codes, spread(T.int32(0), self.lanes))
+            total = total + (sixteens << spread(T.int32(4), self.lanes))
+        return total
 
     def add_group(self, weights: list[Expr], codes: list[Expr], start: Expr) -> Expr:
         """int32 [lanes]: start + the dot products of 32 inputs, eight registers of four a side."""
@@ -58,7 +71,7 @@ DOTS = {
     "avx_vnni": Dot("avx_vnni", 8, 1, "x86.avx512.vpdpbusd.256"),
     "avx512bw": Dot("avx512bw", 16, 2, "x86.avx512.pmaddubs.w.512", "x86.avx512.pmaddw.d.512"),
     "avx2": Dot("avx2", 8, 1, "x86.avx2.pmadd.ub.sw", "x86.avx2.pmadd.wd"),
-    "asimddp": Dot("asimddp", 4, 2, "aarch64.neon.sdot.v4i32.v16i8"),
+    "asimddp": Dot("asimddp", 4, 2, "aarch64.neon.sdot.v4i32.v16i8", signed=True),
 }
 
 
@@ -67,7 +80,9 @@ def choose_dot(features: Collection[str]) -> Dot | None:
     return next((dot for feature, dot in DOTS.items() if feature in features), None)
 
 
-def make_linear(out_features: int, in_features: int, dot: Dot, *, bias: bool, residual: bool) -> tirx.PrimFunc:
+def make_linear(
+    out_features: int, in_features: int, dot: Dot, *, bits: int, bias: bool, residual: bool
+) -> tirx.PrimFunc:
     """PrimFunc (tiles uint8, codes, scales, corrections, [bias f32 [N]], y f32 [n, N']) with N' = N rounded up to 16.
 
     With `residual` y is added to in place, else it is written.
@@ -76,7 +91,7 @@ def make_linear(out_features: int, in_features: int, dot: Dot, *, bias: bool, re
 
     def body() -> None:
         n = tir.size("n")
-        w = tir.arg("tiles", (tiles, blocks, BLOCK_BYTES), "uint8")
+        w = tir.arg("tiles", (tiles, blocks, get_block_bytes(bits)), "uint8")
         acts = code_args(in_features)
         b = tir.arg("bias", (out_features,), "float32") if bias else None
         y = tir.arg("y", (n, tiles * ROWS), "float32")
@@ -85,9 +100,9 @@ def make_linear(out_features: int, in_features: int, dot: Dot, *, bias: bool, re
             tir.begin()
             with T.parallel(tiles) as tile, T.If(n == 1):
                 with T.Then():
-                    _one_row(Tile(w, tile, dot), acts, blocks, store)
+                    _one_row(Tile(w, tile, dot, bits), acts, blocks, store)
                 with T.Else():
-                    _many_rows(Tile(w, tile, dot), acts, n, blocks, store)
+                    _many_rows(Tile(w, tile, dot, bits), acts, n, blocks, store)
 
     return tir.make_prim_func(body)
 
@@ -95,8 +110,8 @@ def make_linear(out_features: int, in_features: int, dot: Dot, *, bias: bool, re
 class Tile:
     """Sixteen rows of weights, read in parts of `dot.lanes` rows."""
 
-    def __init__(self, w: Expr, tile: Expr, dot: Dot) -> None:
-        self.w, self.tile, self.dot = w, tile, dot
+    def __init__(self, w: Expr, tile: Expr, dot: Dot, bits: int) -> None:
+        self.w, self.tile, self.dot, self.bits = w, tile, dot, bits
         self.parts = ROWS // dot.lanes
 
     def load(self, block: Expr, at: Expr, count: int) -> Expr:
@@ -108,19 +123,29 @@ class Tile:
         halves = self.load(block, group * 2 * ROWS + part * 2 * lanes, 2 * lanes)
         return tir.to_f32(T.reinterpret(f"float16x{lanes}", halves), lanes)
 
-    def unpack(self, block: Expr, group: int, part: int) -> list[Expr]:
-        """Eight registers of 4-bit codes as bytes: inputs 0-15 of the group, then 16-31, four a lane."""
-        size = 4 * self.dot.lanes
-        low, out = spread(T.uint8(15), size), [None] * 8
-        for v in range(4):
-            x = T.bind(self.load(block, SCALE_BYTES + group * 256 + v * 64 + part * size, size))
-            words = T.reinterpret(f"uint16x{size // 2}", x) >> spread(T.uint16(4), size // 2)
-            out[v], out[4 + v] = T.bind(x & low), T.bind(T.reinterpret(f"uint8x{size}", words) & low)
-        return out
+    def unpack(self, block: Expr, group: int, part: int) -> Planes:
+        """Registers of codes as bytes, four inputs of the group a lane; eight registers are the 32 inputs in order."""
+        size, first = 4 * self.dot.lanes, SCALE_BYTES + group * self.bits * 64
+        vectors = [T.bind(self.load(block, first + v * 64 + part * size, size)) for v in range(self.bits)]
+        if self.bits == 8 and self.dot.signed:
+            zero = spread(T.uint8(get_zero(self.bits)), size)
+            return [[T.bind(T.reinterpret(f"int8x{size}", x - zero)) for x in vectors]]
+        if self.bits == 8 and not self.dot.pairs:
+            return [vectors]
+        low = spread(T.uint8(15), size)
+        shifted = [T.reinterpret(f"uint16x{size // 2}", x) >> spread(T.uint16(4), size // 2) for x in vectors]
+        lower = [T.bind(x & low) for x in vectors]
+        upper = [T.bind(T.reinterpret(f"uint8x{size}", x) & low) for x in shifted]
+        return [lower, upper] if self.bits == 8 else [lower + upper]
+
+    def correct(self, correction: Expr) -> Expr:
+        """int32 [lanes]: what the dot products start from."""
+        unneeded = self.bits == 8 and self.dot.signed
+        return spread(T.int32(0) if unneeded else correction, self.dot.lanes)
 
     def prefetch(self, block: Expr, group: int) -> None:
-        for line in range(5 - group):
-            tir.prefetch(T.address_of(self.w[self.tile, block, AHEAD + group * 320 + line * 64]))
+        for line in range(group, get_block_bytes(self.bits) // 64, 2):
+            tir.prefetch(T.address_of(self.w[self.tile, block, AHEAD + line * 64]))
 
 
 def _load_codes(codes: Expr, at: Expr, lanes: int) -> list[Expr]:
@@ -138,8 +163,7 @@ def _one_row(tile: Tile, acts: tuple[Expr, Expr, Expr], blocks: int, store: Call
             at = block * 2 + g
             inputs = _load_codes(codes, at, lanes)
             for part in range(tile.parts):
-                start = spread(corrections[at], lanes)
-                dot = tile.dot.add_group(tile.unpack(block, g, part), inputs, start)
+                dot = tile.dot.add_planes(tile.unpack(block, g, part), inputs, tile.correct(corrections[at]))
                 scale = tile.scale(block, g, part) * spread(scales[at], lanes)
                 sums[part][g].set(tir.fma(tir.to_f32(dot, lanes), scale, sums[part][g].get(), lanes))
     for part, (even, odd) in enumerate(sums):
@@ -161,7 +185,7 @@ def _many_rows(tile: Tile, acts: tuple[Expr, Expr, Expr], n: Expr, blocks: int, 
                     parts = range(begin, min(begin + together, tile.parts))
                     weights = [(p, T.bind(tile.scale(block, g, p)), tile.unpack(block, g, p)) for p in parts]
                     with T.serial(rows) as m:
-                        _accumulate_row(tile.dot, acts, weights, first, m, g, sums)
+                        _accumulate_row(tile, acts, weights, first, m, g, sums)
         with T.serial(rows) as m:
             row = T.bind(block_of_rows * rows + m)
             with T.If(row < n), T.Then():
@@ -172,9 +196,9 @@ def _many_rows(tile: Tile, acts: tuple[Expr, Expr, Expr], n: Expr, blocks: int, 
 
 
 def _accumulate_row(
-    dot: Dot,
+    tile: Tile,
     acts: tuple[Expr, Expr, Expr],
-    weights: list[tuple[int, Expr, list[Expr]]],
+    weights: list[tuple[int, Expr, Planes]],
     first: Expr,
     m: Expr,
     g: int,
@@ -182,11 +206,11 @@ def _accumulate_row(
 ) -> None:
     """One row of activations against the unpacked group of a few parts."""
     codes, scales, corrections = acts
-    at, lanes = T.bind(first + m), dot.lanes
+    at, lanes = T.bind(first + m), tile.dot.lanes
     inputs = _load_codes(codes, at, lanes)
     for part, scale, unpacked in weights:
         o = (m * 2 + g) * ROWS + part * lanes
-        total = tir.to_f32(dot.add_group(unpacked, inputs, spread(corrections[at], lanes)), lanes)
+        total = tir.to_f32(tile.dot.add_planes(unpacked, inputs, tile.correct(corrections[at])), lanes)
         put(sums, o, tir.fma(total, scale * spread(scales[at], lanes), vec(sums, o, lanes), lanes), lanes)
 
 
@@ -196,6 +220,6 @@ def list_benchmarks(s: Setting) -> Iterator[Benchmark]:
     if dot is not None and accepts(s.quantization):
 
         def make(width: int, inner: int, residual: bool) -> tirx.PrimFunc:
-            return make_linear(width, inner, dot, bias=False, residual=residual)
+            return make_linear(width, inner, dot, bits=s.quantization.bits, bias=False, residual=residual)
 
         yield from list_linears(s, make, code_sizes, ("tiles",), "int8")

@@ -1,11 +1,11 @@
-"""4-bit weights times int8 activations with AVX-512 VNNI, over the weight layout `int8-16x64`.
+"""Weights of 4 or 8 bits times int8 activations with AVX-512 VNNI, over the weight layout `int8-16x64`.
 
 y[m, n] = sum over groups of  scale_w * scale_x * (stored . codes + correction)  (+ bias) (+ y).
 
-One row: a GEMV that streams each tile of 16 outputs once; low nibbles are used as they are, high nibbles times 16, so
-no shift of the weights is needed. More rows: weight-stationary; two tiles of one group are unpacked once into sixteen
-registers and meet all rows of a block, partial sums stay in an L1 scratch. Both add even and odd groups apart and in
-the same order: a row's result is the same to the last bit, whatever else is in the batch.
+One row: a GEMV that streams each tile of 16 outputs once; 8-bit codes and low nibbles are used as they are, high
+nibbles times 16, so no shift of the weights is needed. More rows: weight-stationary; two tiles of one group are
+unpacked once into sixteen registers and meet all rows of a block, partial sums stay in an L1 scratch. Both add even and
+odd groups apart and in the same order: a row's result is the same to the last bit, whatever else is in the batch.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from mlcbuild.compiler.kernels import tir
 from mlcbuild.compiler.kernels.benchmark import Benchmark, Setting, list_linears
 from mlcbuild.compiler.kernels.quantize_rows import GROUP, MAX_BLOCK, block_rows, code_args, code_sizes
 from mlcbuild.compiler.kernels.tir import F32, I32, Accumulator, Expr, f32, fma, put, spread, vec
-from mlcbuild.quantization.layouts.int8_16x64 import BLOCK_BYTES, accepts
+from mlcbuild.quantization.layouts.int8_16x64 import SCALE_BYTES, accepts, get_block_bytes
 
-AHEAD = 12  # blocks of weights asked for in advance by the many-row path, too busy for the hardware prefetcher
+AHEAD = {4: 12, 8: 6}  # blocks asked for in advance by the many-row path, too busy for the hardware prefetcher
 
 
-def make_linear(out_features: int, in_features: int, *, bias: bool, residual: bool) -> tirx.PrimFunc:
+def make_linear(out_features: int, in_features: int, *, bits: int, bias: bool, residual: bool) -> tirx.PrimFunc:
     """PrimFunc (tiles uint8, codes, scales, corrections, [bias f32 [N]], y f32 [n, N']) with N' = N rounded up to 16.
 
     With `residual` y is added to in place, else it is written.
@@ -34,7 +34,7 @@ def make_linear(out_features: int, in_features: int, *, bias: bool, residual: bo
 
     def body() -> None:
         n = tir.size("n")
-        w = tir.arg("tiles", (tiles, blocks, BLOCK_BYTES), "uint8")
+        w = tir.arg("tiles", (tiles, blocks, get_block_bytes(bits)), "uint8")
         acts = code_args(in_features)
         b = tir.arg("bias", (out_features,), "float32") if bias else None
         y = tir.arg("y", (n, tiles * 16), "float32")
@@ -44,9 +44,9 @@ def make_linear(out_features: int, in_features: int, *, bias: bool, residual: bo
             tir.begin()
             with T.parallel(tiles // pair) as t, T.If(n == 1):
                 with T.Then(), T.serial(pair) as r:
-                    _one_row(w, acts, t * pair + r, blocks, store)
+                    _one_row(w, bits, acts, t * pair + r, blocks, store)
                 with T.Else():
-                    _many_rows(w, acts, n, t, pair, blocks, store)
+                    _many_rows(w, bits, acts, n, t, pair, blocks, store)
 
     return tir.make_prim_func(body)
 
@@ -70,9 +70,10 @@ def _scale(w: Expr, tile: Expr, block: Expr, group: int) -> Expr:
     return tir.to_f32(T.reinterpret("float16x16", _bytes(w, tile, block, group * 32, 32)))
 
 
-def _one_row(w: Expr, acts: tuple[Expr, Expr, Expr], tile: Expr, blocks: int, store: Callable[..., None]) -> None:
+def _one_row(
+    w: Expr, bits: int, acts: tuple[Expr, Expr, Expr], tile: Expr, blocks: int, store: Callable[..., None]
+) -> None:
     codes, scales, corrections = acts
-    low, high = spread(T.uint8(15), 64), spread(T.uint8(240), 64)
     unroll = 2 if blocks % 2 == 0 else 1
     sums = [Accumulator(), Accumulator()]
     with T.serial(blocks // unroll) as step:
@@ -81,30 +82,57 @@ def _one_row(w: Expr, acts: tuple[Expr, Expr, Expr], tile: Expr, blocks: int, st
             for g in range(2):
                 group = block * 2 + g
                 scale = T.bind(_scale(w, tile, block, g) * spread(scales[group]))
-                dot_low, dot_high = spread(corrections[group]), spread(T.int32(0))
-                for v in range(4):
-                    x = T.bind(_bytes(w, tile, block, 64 + g * 256 + v * 64))
-                    dot_low = _dot(dot_low, x & low, _four(codes, group * GROUP + v * 4))
-                    dot_high = _dot(dot_high, x & high, _four(codes, group * GROUP + 16 + v * 4))
-                dot = dot_low + (dot_high >> spread(T.int32(4)))
+                inputs = [_four(codes, group * GROUP + v * 4) for v in range(8)]
+                vectors = [T.bind(_bytes(w, tile, block, at)) for at in _places(bits, g)]
+                dot = _dot_group(vectors, inputs, spread(corrections[group]))
                 sums[g].set(fma(T.cast(dot, F32), scale, sums[g].get()))
     store(0, tile, sums[0].get() + sums[1].get())
 
 
-def _unpack(w: Expr, tile: Expr, block: Expr, group: int) -> list[Expr]:
-    """Eight registers of 4-bit codes as bytes: inputs 0-15 of the group, then 16-31."""
+def _places(bits: int, group: int) -> list[int]:
+    """Where in a block the vectors of a group are."""
+    size = get_block_bytes(bits)
+    return list(range(SCALE_BYTES, size, 64))[group * bits : (group + 1) * bits]
+
+
+def _dot_group(vectors: list[Expr], inputs: list[Expr], start: Expr) -> Expr:
+    """int32 [16]: start + the dot products of 32 inputs with eight vectors of codes, or four of pairs of them."""
+    chains = [start, spread(T.int32(0))]
+    if len(vectors) == 8:
+        for v, (w, x) in enumerate(zip(vectors, inputs, strict=True)):
+            chains[v % 2] = _dot(chains[v % 2], w, x)
+        return chains[0] + chains[1]
+    low, high = spread(T.uint8(15), 64), spread(T.uint8(240), 64)
+    for v, w in enumerate(vectors):
+        chains[0] = _dot(chains[0], w & low, inputs[v])
+        chains[1] = _dot(chains[1], w & high, inputs[4 + v])
+    return chains[0] + (chains[1] >> spread(T.int32(4)))
+
+
+def _unpack(w: Expr, bits: int, tile: Expr, block: Expr, group: int) -> list[Expr]:
+    """Eight registers of codes as bytes, of 32 inputs in order."""
+    vectors = [T.bind(_bytes(w, tile, block, at)) for at in _places(bits, group)]
+    if bits == 8:
+        return vectors
     low = spread(T.uint8(15), 64)
     out: list[Expr] = [None] * 8
-    for v in range(4):
-        x = T.bind(_bytes(w, tile, block, 64 + group * 256 + v * 64))
+    for v, x in enumerate(vectors):
         shifted = T.reinterpret("uint8x64", T.reinterpret("uint16x32", x) >> spread(T.uint16(4), 32))
         out[v], out[4 + v] = T.bind(x & low), T.bind(shifted & low)
     return out
 
 
 def _many_rows(
-    w: Expr, acts: tuple[Expr, Expr, Expr], n: Expr, t: Expr, pair: int, blocks: int, store: Callable[..., None]
+    w: Expr,
+    bits: int,
+    acts: tuple[Expr, Expr, Expr],
+    n: Expr,
+    t: Expr,
+    pair: int,
+    blocks: int,
+    store: Callable[..., None],
 ) -> None:
+    lines, in_advance = get_block_bytes(bits) // 64, AHEAD[bits]
     rows = T.bind(block_rows(n))
     sums = tir.scratch(MAX_BLOCK * pair * 2 * 16)
     with T.serial((n + rows - 1) // rows) as block_of_rows:
@@ -112,15 +140,15 @@ def _many_rows(
             put(sums, i * 16, f32(0))
         with T.serial(blocks) as block:
             # behind the end of a tile lies its neighbour, which this thread has read beside it: skip it
-            skipped = T.Select(block + AHEAD >= blocks, (pair - 1) * blocks, 0)
-            ahead = T.bind((AHEAD + skipped) * BLOCK_BYTES)
+            skipped = T.Select(block + in_advance >= blocks, (pair - 1) * blocks, 0)
+            ahead = T.bind((in_advance + skipped) * (lines * 64))
             for g in range(2):
                 weights = []
                 for r in range(pair):
                     tile = t * pair + r
-                    for line in range(5 - g):
-                        tir.prefetch(T.address_of(w[tile, block, ahead + (g * 320 + line * 64)]))
-                    weights.append((T.bind(_scale(w, tile, block, g)), _unpack(w, tile, block, g)))
+                    for line in range(g, lines, 2):
+                        tir.prefetch(T.address_of(w[tile, block, ahead + line * 64]))
+                    weights.append((T.bind(_scale(w, tile, block, g)), _unpack(w, bits, tile, block, g)))
                 first = T.bind((block_of_rows * (2 * blocks) + block * 2 + g) * rows)
                 with T.serial(rows // 2) as two:
                     for u in range(2):
@@ -154,7 +182,7 @@ def list_benchmarks(s: Setting) -> Iterator[Benchmark]:
     """Every matrix, for targets with AVX-512 VNNI."""
 
     def make(width: int, inner: int, residual: bool) -> tirx.PrimFunc:
-        return make_linear(width, inner, bias=False, residual=residual)
+        return make_linear(width, inner, bits=s.quantization.bits, bias=False, residual=residual)
 
     if "avx512_vnni" in s.requires and accepts(s.quantization):
         yield from list_linears(s, make, code_sizes, ("tiles",), "int8")

@@ -1,7 +1,7 @@
 """Activations to int8: rows of float32 become codes, one scale per group of 32, and the zero-point correction.
 
-For every group of 32 inputs x: scale = max|x| / 127, code = round(x / scale), correction = -7 * sum(codes): MLC's
-4-bit weights are stored with zero point 7, so w . x = scale_w * scale * (stored . codes + correction).
+For every group of 32 inputs x: scale = max|x| / 127, code = round(x / scale), correction = -zero * sum(codes): MLC's
+weights are stored with a zero point, 7 or 127, so w . x = scale_w * scale * (stored . codes + correction).
 
 The rows of a call are cut into blocks of `block_rows(n)` and stored `[block][group][row in block]`, codes 32 to a
 group: the matmul reads them as one sequential stream, and no two rows share an L1 set.
@@ -18,10 +18,10 @@ from mlcbuild.compiler.kernels import tir
 from mlcbuild.compiler.kernels.benchmark import Benchmark, Setting
 from mlcbuild.compiler.kernels.elementwise import inverse_rms, silu
 from mlcbuild.compiler.kernels.tir import F32, I32, Expr, f32, put, spread, vec, vec2
+from mlcbuild.quantization.group import get_zero
 
 GROUP = 32
 MAX_BLOCK = 64  # rows of a block: 64 x 32 float32 partial sums of the matmul stay in L1
-ZERO_POINT = 7
 NOTHING = 1e-30  # a group below this is zero: 127 / max would overflow for denormals
 
 
@@ -63,20 +63,20 @@ def code_sizes(rows: int, in_features: int) -> dict[str, int]:
     return {"codes_size": entries * GROUP, "scales_size": entries, "corrections_size": entries}
 
 
-def make_quantize_rows(in_features: int) -> tirx.PrimFunc:
+def make_quantize_rows(in_features: int, *, zero: int) -> tirx.PrimFunc:
     """x f32 [n, K] -> codes i8 [padded_rows * K'], scales f32 and corrections i32 [padded_rows * K' / 32]."""
-    return _make(in_features, lambda n: _Plain(n, in_features), 1)
+    return _make(in_features, lambda n: _Plain(n, in_features), 1, zero)
 
 
-def make_rms_norm_quantize(in_features: int, eps: float) -> tirx.PrimFunc:
+def make_rms_norm_quantize(in_features: int, eps: float, *, zero: int) -> tirx.PrimFunc:
     """x f32 [n, K], weight f32 [K] -> the same three of rms_norm(x) (see elementwise.py)."""
-    return _make(in_features, lambda n: _Normalized(n, in_features, eps), 1)
+    return _make(in_features, lambda n: _Normalized(n, in_features, eps), 1, zero)
 
 
-def make_silu_mul_quantize(in_features: int) -> tirx.PrimFunc:
+def make_silu_mul_quantize(in_features: int, *, zero: int) -> tirx.PrimFunc:
     """x f32 [n, 2 K] (gate, up) -> the same three of silu(gate) * up; a lone row too is spread over the cores."""
     chunks = max(c for c in range(1, 17) if in_features // GROUP % c == 0)
-    return _make(in_features, lambda n: _Gated(n, in_features), chunks)
+    return _make(in_features, lambda n: _Gated(n, in_features), chunks, zero)
 
 
 class _Plain:
@@ -120,7 +120,9 @@ class _Gated:
         return silu(vec2(self.x, m, k)) * vec2(self.x, m, k + self.width)
 
 
-def _make(in_features: int, make_rows: Callable[[Expr], _Plain | _Normalized | _Gated], chunks: int) -> tirx.PrimFunc:
+def _make(
+    in_features: int, make_rows: Callable[[Expr], _Plain | _Normalized | _Gated], chunks: int, zero: int
+) -> tirx.PrimFunc:
     """The kernel over `make_rows(n)`, each row cut into `chunks` tasks of whole groups."""
     per_row, whole = groups(in_features), in_features // GROUP
 
@@ -137,9 +139,9 @@ def _make(in_features: int, make_rows: Callable[[Expr], _Plain | _Normalized | _
             with T.serial(whole // chunks) as i:
                 g = T.bind(task % chunks * (whole // chunks) + i)
                 halves = [T.bind(rows.load(m, g * GROUP + at)) for at in (0, 16)]
-                store_group(halves, T.bind(first + g * block), *outputs)
+                store_group(halves, T.bind(first + g * block), *outputs, zero)
             for g in range(whole, per_row):  # padding of K to 64
-                store_group([f32(0), f32(0)], first + g * block, *outputs)
+                store_group([f32(0), f32(0)], first + g * block, *outputs, zero)
 
         with tir.root():
             tir.begin()
@@ -148,8 +150,11 @@ def _make(in_features: int, make_rows: Callable[[Expr], _Plain | _Normalized | _
     return tir.make_prim_func(body)
 
 
-def store_group(halves: list[Expr], at: Expr, codes: Expr, scales: Expr, corrections: Expr) -> None:
-    """Quantize 32 values into entry `at`; a group of (almost) zeros gets scale 0 and codes 0."""
+def store_group(halves: list[Expr], at: Expr, codes: Expr, scales: Expr, corrections: Expr, zero: int) -> None:
+    """Quantize 32 values into entry `at`; a group of (almost) zeros gets scale 0 and codes 0.
+
+    `zero`: the code of weight 0, which the correction makes good.
+    """
     largest = T.bind(tir.reduce_max(tir.maximum(*[tir.call(F32, "fabs", h) for h in halves])))
     something = largest > T.float32(NOTHING)
     inverse = T.bind(T.Select(something, T.float32(127) / largest, T.float32(0)))
@@ -158,15 +163,16 @@ def store_group(halves: list[Expr], at: Expr, codes: Expr, scales: Expr, correct
         put(codes, at * GROUP + i * 16, T.cast(q, "int8x16"))
     T.buffer_store(scales, T.Select(something, largest * T.float32(1 / 127), T.float32(0)), [at])
     total = tir.call("int32", "vector.reduce.add", rounded[0] + rounded[1])
-    T.buffer_store(corrections, total * T.int32(-ZERO_POINT), [at])
+    T.buffer_store(corrections, total * T.int32(-zero), [at])
 
 
 def list_benchmarks(s: Setting) -> Iterator[Benchmark]:
     """Norm, silu and plain rows, as a decoder's layer quantizes them."""
+    zero = get_zero(8)
     made = {
-        "norm": (make_rms_norm_quantize(s.hidden, 1e-5), s.hidden, 1),
-        "silu": (make_silu_mul_quantize(s.wide), s.wide, 2),
-        "plain": (make_quantize_rows(s.hidden), s.hidden, 1),
+        "norm": (make_rms_norm_quantize(s.hidden, 1e-5, zero=zero), s.hidden, 1),
+        "silu": (make_silu_mul_quantize(s.wide, zero=zero), s.wide, 2),
+        "plain": (make_quantize_rows(s.hidden, zero=zero), s.hidden, 1),
     }
     for name, (kernel, width, inputs) in made.items():
         for n in s.rows:

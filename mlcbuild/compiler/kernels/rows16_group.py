@@ -1,6 +1,6 @@
-"""Reading group-quantized 4-bit weights in the layout `rows16`: words [tiles][K/8][16], scales [tiles][K/group][16].
+"""Reading group-quantized weights in the layout `rows16`: words [tiles][K bits/32][16], scales [tiles][K/group][16].
 
-Word k of a row holds inputs 8 k ... 8 k + 7, lowest bits first; weight = (code - 7) * scale (MLC's definition).
+A word of a row holds 8 inputs of 4 bits or 4 of 8, lowest bits first; weight = (code - zero) * scale, as MLC has it.
 """
 
 from __future__ import annotations
@@ -9,32 +9,31 @@ from tvm.script.ir_builder import tirx as T
 
 from mlcbuild.compiler.kernels import tir
 from mlcbuild.compiler.kernels.tir import Expr, f32, fma, spread, to_f32
+from mlcbuild.quantization.group import get_group_size, get_zero
 from mlcbuild.recipes.schema import Quantization
-
-ZERO_POINT = 7
 
 
 class Reader:
     """The buffers of one matrix; `eight` and `element` give weights as float32."""
 
     def __init__(self, tiles: int, in_features: int, q: Quantization) -> None:
-        if q.bits != 4 or not q.group_size:
-            raise ValueError(f"rows16 kernels read 4-bit groups, not {q.bits} bits in groups of {q.group_size}")
-        self.words_per_group = q.group_size // 8
-        self.words = tir.arg("words", (tiles, in_features // 8, 16), "uint32")
-        self.scales = tir.arg("scales", (tiles, in_features // q.group_size, 16), q.dtype)
+        self.group, self.bits, self.zero = get_group_size(q), q.bits, get_zero(q.bits)
+        self.words = tir.arg("words", (tiles, in_features * q.bits // 32, 16), "uint32")
+        self.scales = tir.arg("scales", (tiles, in_features // self.group, 16), q.dtype)
 
     def eight(self, tile: Expr, k: Expr) -> list[Expr]:
         """Vectors of 16 output rows for inputs 8 k ... 8 k + 7."""
-        scale = T.bind(to_f32(self.scales[tile, k // self.words_per_group, T.ramp(0, 1, 16)]))
-        zero = T.bind(scale * f32(-ZERO_POINT))
-        word = T.bind(self.words[tile, k, T.ramp(0, 1, 16)])
-        codes = [(word >> spread(T.uint32(4 * i))) & spread(T.uint32(15)) for i in range(8)]
+        scale = T.bind(to_f32(self.scales[tile, k // (self.group // 8), T.ramp(0, 1, 16)]))
+        zero = T.bind(scale * f32(-self.zero))
+        count, mask = self.bits // 4, spread(T.uint32((1 << self.bits) - 1))
+        words = [T.bind(self.words[tile, k * count + i, T.ramp(0, 1, 16)]) for i in range(count)]
+        codes = [(word >> spread(T.uint32(shift))) & mask for word in words for shift in range(0, 32, self.bits)]
         return [T.bind(fma(to_f32(T.cast(c, "int32x16")), scale, zero)) for c in codes]
 
     def element(self, tile: Expr, lane: Expr, k: Expr) -> Expr:
         """One weight."""
-        word = T.bind(self.words[tile, k // 8, lane])
-        code = (word >> T.cast(k % 8 * 4, "uint32")) & T.uint32(15)
-        scale = T.cast(self.scales[tile, k // 8 // self.words_per_group, lane], "float32")
-        return (T.cast(T.cast(code, "int32"), "float32") - T.float32(ZERO_POINT)) * scale
+        each = 32 // self.bits
+        word = T.bind(self.words[tile, k // each, lane])
+        code = (word >> T.cast(k % each * self.bits, "uint32")) & T.uint32((1 << self.bits) - 1)
+        scale = T.cast(self.scales[tile, k // self.group, lane], "float32")
+        return (T.cast(T.cast(code, "int32"), "float32") - T.float32(self.zero)) * scale

@@ -1,7 +1,7 @@
 """rows16: tiles of 16 output rows with the row in the innermost axis, for portable CPU kernels (lane = row).
 
 Each canonical tensor (N, C) becomes (ceil(N/16), C, 16) of the same dtype. Rows that fill up the last tile are zero:
-code 7 and scale 0, or plain zero.
+the code of zero and scale 0, or plain zero.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlcbuild.quantization import TensorSpec, get_method
+from mlcbuild.quantization.group import get_zero_word
 
 if TYPE_CHECKING:
     from mlcbuild.quantization import Tensors
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 ROWS = 16
 READERS = Path(__file__).parents[2] / "compiler" / "kernels"
-ZERO_WORD = 0x77777777  # eight codes 7
 
 
 def accepts(q: Quantization) -> bool:
@@ -43,7 +43,7 @@ def storage(q: Quantization, shape: tuple[int, int]) -> dict[str, TensorSpec]:
 
 def pack(q: Quantization, tensors: Tensors) -> dict[str, NDArray[Any]]:
     """Canonical tensors of a block of rows -> tiles."""
-    return {suffix: pack_rows(array, get_padding(suffix)) for suffix, array in tensors.items()}
+    return {suffix: pack_rows(array, get_padding(q, suffix)) for suffix, array in tensors.items()}
 
 
 def unpack(q: Quantization, tensors: Tensors, shape: tuple[int, int]) -> dict[str, NDArray[Any]]:
@@ -54,9 +54,9 @@ def unpack(q: Quantization, tensors: Tensors, shape: tuple[int, int]) -> dict[st
     }
 
 
-def get_padding(suffix: str) -> int:
+def get_padding(q: Quantization, suffix: str) -> int:
     """The value that means zero in a canonical tensor."""
-    return ZERO_WORD if suffix == "q_weight" else 0
+    return get_zero_word(q.bits) if suffix == "q_weight" else 0
 
 
 def pack_rows(array: NDArray[Any], padding: int) -> NDArray[Any]:
