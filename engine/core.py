@@ -212,7 +212,7 @@ class Stats:
     `free_pages`: pages that no sequence has; `cached_pages` of them hold what the prefix cache remembers. Of all
     `prompt_tokens`, `cached_tokens` were found there. `evictions`: pages that it had to forget.
     `guesses`: how often tokens were guessed ahead; of all `guessed_tokens`, `right_tokens` were right, each of which
-    saved a step of its sequence.
+    saved a step of its sequence. `model_seconds`: time in the executor; the rest of the time somebody else takes.
     """
 
     running: int
@@ -228,3 +228,4 @@ class Stats:
     guesses: int
     guessed_tokens: int
     right_tokens: int
+    model_seconds: float

@@ -73,6 +73,7 @@ class Engine:
         self._prompt_tokens = 0
         self._cached_tokens = 0
         self._completion_tokens = 0
+        self._model_seconds = 0.0
         self._sound = True  # no executor has failed
         self._cache_file = cache_file
         if cache_file is not None:
@@ -129,6 +130,7 @@ class Engine:
             guesses=self._guesses,
             guessed_tokens=self._guessed_tokens,
             right_tokens=self._right_tokens,
+            model_seconds=self._model_seconds,
         )
 
     def close(self) -> None:
@@ -193,19 +195,23 @@ class Engine:
         return chunks
 
     def _run(self, chunks: Sequence[Chunk]) -> NDArray[np.float32]:
-        start = 0.0 if self._cost is None else self._clock()
-        logits = self._executor.run(make_batch(chunks))
+        batch, start = make_batch(chunks), self._clock()
+        logits = self._executor.run(batch)
+        seconds = self._clock() - start
+        self._model_seconds += seconds
         if self._cost is not None and all(map(can_extend, chunks)):
             length = max(len(chunk.guesses) for chunk in chunks)
-            self._cost.observe(len(chunks), length, self._making, self._clock() - start)
+            self._cost.observe(len(chunks), length, self._making, seconds)
         for chunk in chunks:
             self._scheduler.advance(chunk)
         return logits
 
     def _pool(self, chunks: Sequence[Chunk]) -> list[Output]:
         """Run chunks whose hidden states are wanted; the Outputs of those that they complete."""
-        states = self._executor.run_hidden(make_batch(chunks))
+        batch, start = make_batch(chunks), self._clock()
+        states = self._executor.run_hidden(batch)
         now, first, outputs = self._clock(), 0, list[Output]()
+        self._model_seconds += now - start
         for chunk in chunks:
             self._scheduler.advance(chunk)
             progress = self._requests[chunk.sequence.request_id]

@@ -42,6 +42,7 @@ VARIABLES = {
     "output": "tokens of a reply at most, 64; with a file: as there",
     "prefix": "words that all prompts of shared-prefix begin with, 512",
     "ignore_eos": "1 = replies of exactly `output` tokens, where the server knows this field; 0",
+    "temperature": "of the sampling, 0 = greedy; default: what the server does by itself",
     "warmup": "random requests sent before, not counted, 2",
     "seed": "of prompts and arrival times, 0",
     "timeout": "seconds after which a reply has failed, 600",
@@ -85,7 +86,7 @@ def run_bench_serve(variables: Mapping[str, str], reports: list[dict[str, Any]])
     """Load the server, print the figures, write the CSV, and append the report to `reports`."""
     from rich.console import Console
 
-    from engine.bench.load import run_load
+    from engine.bench.load import read_model_seconds, run_load
     from engine.bench.load_report import make_lines, make_report, make_table, write_csv
     from engine.bench.plot import check_plot, write_plot
 
@@ -98,13 +99,15 @@ def run_bench_serve(variables: Mapping[str, str], reports: list[dict[str, Any]])
     endpoint = make_endpoint(variables)
     with Console(stderr=True).status("warm-up") as line:
         run_load(endpoint, warmup, concurrency)
-        total = len(prompts)
+        total, before = len(prompts), read_model_seconds(endpoint)
         line.update(f"0 of {total}")
         samples = run_load(endpoint, prompts, concurrency, lambda n, bad: line.update(f"{n} of {total}, {bad} failed"))
     dataset = variables.get("dataset", "random")
     about = {"url": endpoint.url, "model": endpoint.model, "dataset": dataset}
     pace = {"rate": get_number(variables, "rate"), "concurrency": None if prompts[0].at is not None else concurrency}
-    report = {**about, **pace, **make_report(samples, slo)}
+    after = read_model_seconds(endpoint)
+    seconds = None if before is None or after is None else after - before
+    report = {**about, **pace, **make_report(samples, slo, seconds)}
     path = Path(variables.get("csv", "artifacts/reports/bench-serve.csv"))
     write_csv(path, samples)
     title = f"{endpoint.model} at {endpoint.url}, {dataset}"
@@ -168,9 +171,9 @@ def make_endpoint(variables: Mapping[str, str]) -> Endpoint:
     exact = variables.get("ignore_eos", "0")
     if exact not in ("0", "1"):
         raise MlcbuildError(f"ignore_eos={exact} is neither 0 nor 1", hint=SAMPLE)
-    timeout = get_number(variables, "timeout") or 600.0
+    timeout, temperature = get_number(variables, "timeout") or 600.0, get_number(variables, "temperature", least=0.0)
     model = variables.get("model_name") or variables.get("model") or find_model(url, key)
-    return Endpoint(url, model, key, timeout, exact == "1")
+    return Endpoint(url, model, key, timeout, exact == "1", temperature)
 
 
 def make_slo(variables: Mapping[str, str]) -> Slo:
@@ -190,14 +193,15 @@ def get_count(variables: Mapping[str, str], name: str, least: int = 1) -> int | 
     return int(text)
 
 
-def get_number(variables: Mapping[str, str], name: str) -> float | None:
-    """A number above 0; None when it is not given. Raises MlcbuildError."""
+def get_number(variables: Mapping[str, str], name: str, least: float | None = None) -> float | None:
+    """A number above 0, or from `least` on; None when it is not given. Raises MlcbuildError."""
     if name not in variables:
         return None
     try:
         value = float(variables[name])
     except ValueError:
-        value = 0.0
-    if not math.isfinite(value) or value <= 0:
-        raise MlcbuildError(f"{name}={variables[name]} is not a number above 0", hint="./doit bench-serve rate=4")
+        value = math.nan
+    if not math.isfinite(value) or (value <= 0 if least is None else value < least):
+        wanted = "above 0" if least is None else f"from {least:g} on"
+        raise MlcbuildError(f"{name}={variables[name]} is not a number {wanted}", hint="./doit bench-serve rate=4")
     return value

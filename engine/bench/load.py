@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
@@ -35,6 +36,7 @@ class Endpoint:
     api_key: str = ""
     timeout: float = 600.0
     ignore_eos: bool = False  # ask for replies of exactly max_tokens: no OpenAI field, but most servers know it
+    temperature: float | None = None  # None: what the server does by itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,20 @@ def find_model(url: str, api_key: str = "") -> str:
     if len(names) > 1:
         raise InvalidSetting(f"{url} has several models: {', '.join(names)}", hint=f"model_name={names[0]}")
     return names[0]
+
+
+def read_model_seconds(endpoint: Endpoint) -> float | None:
+    """How long the server's model has run since its start, all steps together; None of a server that does not say so.
+
+    Ours does, in its /metrics: what of a load's time is missing there went to HTTP, tokenizer, scheduling and clients.
+    """
+    url = httpx2.URL(endpoint.url).copy_with(path="/metrics")
+    try:
+        answer = httpx2.get(url, headers=_make_headers(endpoint.api_key), timeout=10, trust_env=False)
+    except httpx2.HTTPError:
+        return None
+    found = re.search(r"^mlcbuild_model_seconds_total\S* (\S+)$", answer.text, re.MULTILINE)
+    return float(found[1]) if answer.status_code == 200 and found is not None else None
 
 
 def run_load(
@@ -188,6 +204,7 @@ async def _read(client: httpx2.AsyncClient, endpoint: Endpoint, prompt: Prompt, 
         "stream": True,
         "stream_options": {"include_usage": True},
         **({"ignore_eos": True} if endpoint.ignore_eos else {}),
+        **({} if endpoint.temperature is None else {"temperature": endpoint.temperature}),
     }
     async with client.stream("POST", f"{endpoint.url}/chat/completions", json=body) as answer:
         if answer.status_code != 200:

@@ -69,8 +69,8 @@ def is_good(sample: Sample, slo: Slo) -> bool:
     return (slo.ttft is None or ttft <= slo.ttft) and (slo.tpot is None or tpot is None or tpot <= slo.tpot)
 
 
-def make_report(samples: Sequence[Sample], slo: Slo) -> dict[str, Any]:
-    """All figures as JSON data. `samples` is not empty."""
+def make_report(samples: Sequence[Sample], slo: Slo, model_seconds: float | None = None) -> dict[str, Any]:
+    """All figures as JSON data. `samples` is not empty. `model_seconds`: how long the server's model ran, if known."""
     whole = [sample for sample in samples if sample.error is None]
     reasons = Counter(sample.error for sample in samples if sample.error is not None)
     listed = dict(reasons.most_common(MOST_REASONS))
@@ -94,6 +94,7 @@ def make_report(samples: Sequence[Sample], slo: Slo) -> dict[str, Any]:
         "requests_per_s": len(whole) / seconds,
         "total_tokens_per_s": (prompt + generated) / seconds,
         "generated_tokens_per_s": generated / seconds,
+        "model_share": None if model_seconds is None else model_seconds / seconds,
         **_make_times(whole),
         "slo": {"ttft_ms": slo.ttft, "tpot_ms": slo.tpot},
         "goodput": {"requests": good, "share": good / len(samples), "requests_per_s": good / seconds},
@@ -142,6 +143,8 @@ def make_lines(report: Mapping[str, Any]) -> list[str]:
         f"{report['total_tokens_per_s']:,.1f} tokens/s in all, {report['generated_tokens_per_s']:,.1f} generated",
         f"{tokens['prompt']:,} prompt tokens ({tokens['cached']:,} cached), {tokens['generated']:,} generated",
     ]
+    if report["model_share"] is not None:
+        lines.append(f"the model ran {report['model_share']:.1%} of the time; HTTP, tokenizer, scheduling had the rest")
     limits = [f"{name} <= {slo[f'{name.lower()}_ms']:g} ms" for name in ("TTFT", "TPOT") if slo[f"{name.lower()}_ms"]]
     if limits:
         share = f"{good['requests']} requests, {good['share']:.1%}"

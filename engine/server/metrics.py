@@ -144,6 +144,7 @@ class EngineState(Collector):
             "spec_draft_tokens": ("Tokens that were guessed", stats.guessed_tokens),
             "spec_accepted_tokens": ("Tokens that were guessed rightly", stats.right_tokens),
             "preemptions": ("Requests that gave their pages back to be computed anew", stats.preemptions),
+            "model_seconds": ("Time that the model ran; the rest of a busy time is overhead", stats.model_seconds),
         }
         for name, (text, value) in counters.items():
             counter = CounterMetricFamily(f"mlcbuild_{name}", text, labels=["model_name"])

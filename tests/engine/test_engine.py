@@ -49,9 +49,10 @@ def test_times() -> None:
     object.__setattr__(request, "arrival", 90.0)
     engine.add(request)
     usage = run_all(engine)["a"].usage
-    assert (usage.queued, usage.ttft, usage.decoding, usage.decode_rate) == (10.0, 13.0, 4.0, 0.5)
+    assert (usage.queued, usage.ttft, usage.decoding, usage.decode_rate) == (10.0, 17.0, 8.0, 0.25)
     assert engine.get_stats().prompt_tokens == 30
     assert engine.get_stats().completion_tokens == 3
+    assert engine.get_stats().model_seconds == 4.0
 
 
 def test_a_deadline_ends_what_runs_and_what_waits() -> None:

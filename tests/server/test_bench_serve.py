@@ -18,7 +18,7 @@ from fake_models import ROOT
 from running import Running, run_fake_server
 
 from engine.bench.datasets import Prompt
-from engine.bench.load import Endpoint, find_model, make_url, run_load
+from engine.bench.load import Endpoint, find_model, make_url, read_model_seconds, run_load
 from engine.errors import InvalidSetting, ServerUnusable
 from mlcbuild.errors import MlcbuildError, UnknownNameError
 from tasks.bench_serve import run_bench_serve
@@ -40,8 +40,23 @@ def test_random_words(server: Running, tmp_path: Path, capsys: pytest.CaptureFix
     assert report["tokens"]["generated"] == 12 * 9
     assert report["goodput"]["share"] == 1.0
     assert report["ttft_ms"]["p50"] <= report["e2e_ms"]["p50"]
+    assert 0 < report["model_share"] < 1
     with (tmp_path / "r.csv").open(newline="") as file:
         assert [row["finish"] for row in csv.DictReader(file)] == ["length"] * 12
+
+
+def test_the_time_that_the_model_runs(server: Running) -> None:
+    """The model sleeps 20 ms a token; a server that says nothing of it is none of ours."""
+    endpoint = Endpoint(make_url(server.url), "fake")
+    before = read_model_seconds(endpoint)
+    run_load(endpoint, [Prompt("slow", 12)])
+    after = read_model_seconds(endpoint)
+    assert before is not None
+    assert after is not None
+    assert after - before >= 12 * 0.02
+    with answer_with(make_answer(b"requests_total 7\n", "text/plain")) as url:
+        assert read_model_seconds(Endpoint(url, "m")) is None
+    assert read_model_seconds(Endpoint("http://127.0.0.1:1/v1", "m")) is None
 
 
 def test_times_are_those_of_the_tokens(server: Running) -> None:
@@ -196,6 +211,7 @@ def test_addresses() -> None:
         ({"rate": "2", "concurrency": "2"}, MlcbuildError, "rate= and concurrency= exclude each other\n"),
         ({"prefix": "2"}, MlcbuildError, "prefix= means nothing with dataset=random\n  hint: leave prefix= out"),
         ({"dataset": "t.jsonl", "rate": "2"}, MlcbuildError, "rate= means nothing with dataset=t.jsonl\n"),
+        ({"temperature": "-1"}, MlcbuildError, "temperature=-1 is not a number from 0 on\n"),
         ({"ignore_eos": "yes"}, MlcbuildError, "ignore_eos=yes is neither 0 nor 1\n"),
     ],
 )

@@ -17,7 +17,7 @@ HISTOGRAMS += ["request_queue_time_seconds", "request_prefill_time_seconds", "re
 HISTOGRAMS += ["request_prompt_tokens", "request_generation_tokens", "grammar_compile_seconds"]
 COUNTERS = ["prompt_tokens", "generation_tokens", "prefix_cache_queries", "prefix_cache_hits", "requests"]
 COUNTERS += ["requests_rejected", "requests_aborted", "preemptions", "spec_draft_tokens", "spec_accepted_tokens"]
-COUNTERS += ["tool_call_parse_failures", "grammar_compile_failures"]
+COUNTERS += ["tool_call_parse_failures", "grammar_compile_failures", "model_seconds"]
 GAUGES = ["requests_running", "requests_waiting", "kv_cache_usage_ratio", "models_loaded", "engine_up", "build_info"]
 
 
@@ -73,6 +73,7 @@ def test_the_numbers() -> None:
         after["request_queue_time_seconds_sum"] + after["request_prefill_time_seconds_sum"], abs=0.1
     )
     assert after["generation_tokens_total"] > 2 * count + 10
+    assert 9 * 0.02 < after["model_seconds_total"] < 5
     assert after["prefix_cache_hits_total"] <= after["prefix_cache_queries_total"] == after["prompt_tokens_total"]
     assert (after["requests_running"], after["requests_waiting"]) == (0, 0)
     assert any(name.startswith("build_info{artifact=fake/none/here,target=here,version=") for name in after)
