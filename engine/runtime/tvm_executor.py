@@ -10,7 +10,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ class TvmExecutor:
         draft: Package | None = None,
     ) -> None:
         os.environ.setdefault("TVM_NUM_THREADS", str(count_cores()))  # read once; TVM alone would take half
-        from tvm import relax, runtime
+        from engine.runtime.tvm_runtime import get_wrap, load_library
 
         library = package.manifest.library
         if library.kv.kind != "tensor":
@@ -54,49 +54,51 @@ class TvmExecutor:
                 f"{package.root}: this engine runs CPU packages only, and this one is for {library.target['name']}",
                 hint="build one for this machine: doit build target=cpu",
             )
-        self._runtime = runtime
+        wrap = get_wrap()
+        self._inputs = _Inputs(wrap)
         try:
-            module = runtime.load_module(str(package.library_path))
+            self._machine = load_library(package.library_path)
         except RuntimeError as error:
             what = str(error).rpartition(": ")[2].strip() or "no reason is given"
             raise PackageInvalid(
                 f"{package.root}: {package.library_path.name} cannot be loaded: {what}",
                 hint=f"rebuild the package: {rebuild_command(package.root, {'variant': package.manifest.variant})}",
             ) from None
-        self._machine = relax.VirtualMachine(module, runtime.device("cpu", 0))
         self._check_library(package, library)
         names = ["embed", "batch_prefill", "batch_decode", *(name for name in [HIDDEN] if name in library.functions)]
         self._functions = {name: self._machine[name] for name in names}
         self._weights = _map_weights(package)
-        self._params = [runtime.from_dlpack(self._weights[p.name]) for p in library.params]
+        self._params = [wrap(self._weights[p.name]) for p in library.params]
         made = limits or self._make_limits(library, budget, draft)
         self.limits: Limits = replace(made, hidden_size=self._find_hidden_size())
         kv = library.kv
         shape = (kv.layers, self.limits.num_pages, 2, kv.kv_heads, kv.page_size, kv.head_dim)
         self._pages: NDArray[Any] | None = make_aligned(shape, np.dtype(kv.dtype))
-        self._kv = runtime.from_dlpack(self._pages)
+        self._kv = wrap(self._pages)
 
     def run(self, batch: Batch) -> NDArray[np.float32]:
         """float32 [len(batch.logit_rows), vocab]; the array is the caller's to keep."""
         tokens = len(batch.tokens)
         embeds, *where = self._begin(batch)
-        wanted = np.asarray(batch.logit_rows, np.int32)
+        wanted = batch.logit_rows
         rows = len(wanted)
         if not rows:  # the kernels take at least one row
             wanted = np.zeros(1, np.int32)
-        if len(wanted) == tokens and np.array_equal(wanted, np.arange(tokens)):
+        if len(wanted) == tokens:  # every one, since they rise
             logits, _ = self._functions["batch_decode"](embeds, *where, self._kv, self._params)
         else:
-            logits, _ = self._functions["batch_prefill"](embeds, self._put(wanted), *where, self._kv, self._params)
-        padded: Any = np.from_dlpack(logits)
-        out: NDArray[np.float32] = padded[:rows, : self.limits.vocab_size].copy()
+            logits, _ = self._functions["batch_prefill"](
+                embeds, self._inputs.put("wanted", wanted), *where, self._kv, self._params
+            )
+        padded: Any = np.from_dlpack(logits)  # the same memory, which each call takes anew
+        out: NDArray[np.float32] = padded[:rows, : self.limits.vocab_size]
         return out
 
     def run_hidden(self, batch: Batch) -> NDArray[np.float32]:
         """float32 [len(batch.tokens), hidden_size], which is the caller's to keep."""
         states, _ = self._functions[HIDDEN](*self._begin(batch), self._kv, self._params)
         whole: Any = np.from_dlpack(states)
-        out: NDArray[np.float32] = whole.copy()
+        out: NDArray[np.float32] = whole
         return out
 
     def copy_page(self, source: int, destination: int) -> None:
@@ -143,17 +145,16 @@ class TvmExecutor:
         tokens = len(batch.tokens)
         if tokens > self.limits.prefill_chunk:
             raise ValueError(f"{tokens} tokens in one batch, and the library takes {self.limits.prefill_chunk}")
-        where = [self._put(a) for a in (batch.positions, batch.rows, batch.page_table)]
-        return [self._functions["embed"](self._put(batch.tokens), self._params), *where]
+        put = self._inputs.put
+        where = [put("positions", batch.positions), put("rows", batch.rows), put("table", batch.page_table)]
+        return [self._functions["embed"](put("tokens", batch.tokens), self._params), *where]
 
     def _find_hidden_size(self) -> int:
         """As wide as an embedded token; 0 without the function that gives hidden states."""
         if HIDDEN not in self._functions:
             return 0
-        return int(self._functions["embed"](self._put([0]), self._params).shape[1])
-
-    def _put(self, values: Any) -> Any:
-        return self._runtime.tensor(np.ascontiguousarray(values, dtype=np.int32))
+        first = self._inputs.put("tokens", np.zeros(1, np.int32))
+        return int(self._functions["embed"](first, self._params).shape[1])
 
     def _check_library(self, package: Package, library: Library) -> None:
         """The library must describe itself as the manifest does: a mixed-up file would read wrong memory."""
@@ -164,6 +165,25 @@ class TvmExecutor:
                 f"{package.root}: {package.library_path.name} is not the library that manifest.json describes",
                 hint="rebuild the package: doit build model=... quantization=... target=...",
             )
+
+
+class _Inputs:
+    """Memory for the integers of a call, by argument: written anew for each, and kept, since to make a tensor takes
+    ten times as long. `wrap`: numpy's array as TVM's tensor."""
+
+    def __init__(self, wrap: Callable[[NDArray[np.int32]], Any]) -> None:
+        self._wrap = wrap
+        self._held: dict[str, NDArray[np.int32]] = {}
+
+    def put(self, name: str, values: NDArray[np.int32]) -> Any:
+        """The values as a tensor, until the next of this name."""
+        held = self._held.get(name)
+        if held is None or held.size < values.size:
+            room = np.empty(2 * values.size + ALIGNMENT, np.int32)
+            held = self._held[name] = room[-room.ctypes.data % ALIGNMENT // room.itemsize :]
+        view = held[: values.size].reshape(values.shape)
+        view[...] = values
+        return self._wrap(view)
 
 
 def count_cores() -> int:
