@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,10 @@ from mlcbuild.graph.plan import make_package_task
 
 if TYPE_CHECKING:
     from engine.artifact import Package
+    from engine.bench.overhead import Overhead
     from engine.bench.peers import Peer
     from engine.bench.speed import Roofline, Speed
+    from engine.bench.start import Start
     from engine.runtime.tvm_executor import TvmExecutor
 
 VARIABLES = {
@@ -34,10 +37,13 @@ def run_bench(package: Path, variables: Mapping[str, str]) -> None:
     """Print the figures of one package and write artifacts/reports/bench-<package>.json."""
     from engine.artifact import open_package
     from engine.bench.cases import make_cases
+    from engine.bench.overhead import measure_overhead
     from engine.bench.plot import check_plot
     from engine.bench.roofline import write_roofline
     from engine.bench.speed import measure_speed, to_record
+    from engine.bench.start import measure_start
     from engine.runtime.tvm_executor import TvmExecutor
+    from engine.text.tokenizer import load_tokenizer
     from mlcbuild.quality.speed import describe_machine
 
     rounds = variables.get("rounds", "5")
@@ -55,14 +61,18 @@ def run_bench(package: Path, variables: Mapping[str, str]) -> None:
         roofline = make_roofline(executor, opened)
         report = stack.enter_context(show_progress())
         speed = measure_speed(executor, int(rounds), roofline, report, peers)
+        overheads = measure_overhead(executor, load_tokenizer(package), report)
+        report("start")
+        start = measure_start(package)
     record: dict[str, Any] = {"variant": opened.manifest.variant, "rounds": int(rounds), "machine": describe_machine()}
     record |= {"read_gb_per_s": (speed.read_rate or 0) / 1e9, "peak_gops": (speed.compute_rate or 0) / 1e9}
     record |= {"weight_bytes": roofline.weight_bytes, "peers": {name: peer.version for name, peer in peers.items()}}
-    record |= {"figures": to_record(speed.figures)}
+    record |= {"figures": to_record(speed.figures), "overheads": [asdict(o) for o in overheads], "start": asdict(start)}
     path = package.parents[1] / "reports" / f"bench-{package.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print_figures(record, speed)
+    print_overheads(overheads, start)
     print(f"written to {path.relative_to(package.parents[2])}")
     if plot is not None:
         cases = make_cases(executor.limits)
@@ -157,3 +167,13 @@ def print_figures(record: Mapping[str, Any], speed: Speed) -> None:
     for version in record["peers"].values():
         table.caption = f"{table.caption}; {version}" if table.caption else version
     Console().print(table)
+
+
+def print_overheads(overheads: Sequence[Overhead], start: Start) -> None:
+    """What the engine adds to decode steps, and how it starts."""
+    for o in overheads:
+        share = f"{o.share:.1%} of a step, {o.milliseconds:.2f} ms"
+        print(f"outside the model, batch {o.sequences}, {o.sampling}: {share}")
+    peak, weights, kv = (n / 2**20 for n in (start.peak_bytes, start.weight_bytes, start.kv_bytes))
+    print(f"from the start of Python to the first token of a 128-token prompt: {start.seconds:.2f} s; ", end="")
+    print(f"peak memory {peak:.0f} MiB, weights {weights:.0f}, KV cache up to {kv:.0f}")

@@ -1,0 +1,70 @@
+"""How long a package takes from a process's start to its first token, and the memory it takes: each in a new process.
+
+`python -m engine.bench.start FOLDER` is that process; it prints one line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+PROMPT = 128  # tokens
+ROUNDS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Medians. `seconds` from the start of Python to the first token, files in the page cache; `peak_bytes` of memory,
+    of which `weight_bytes` are mapped from the package and at most `kv_bytes` hold keys and values."""
+
+    seconds: float
+    peak_bytes: int
+    weight_bytes: int
+    kv_bytes: int
+
+
+def measure_start(package: Path, rounds: int = ROUNDS) -> Start:
+    """Start the package so often, after once to warm the page cache. Raises CalledProcessError when it does not run."""
+    found: list[Start] = []
+    for _ in range(rounds + 1):
+        start = time.perf_counter()
+        command = [sys.executable, "-m", "engine.bench.start", str(package)]
+        root = str(Path(__file__).parents[2])
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.getenv("PYTHONPATH")])])}
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+        found.append(Start(time.perf_counter() - start, **json.loads(done.stdout)))
+    del found[0]
+    middle = sorted(found, key=lambda one: one.peak_bytes)[len(found) // 2]
+    seconds = statistics.median(one.seconds for one in found)
+    return Start(seconds, middle.peak_bytes, middle.weight_bytes, middle.kv_bytes)
+
+
+def main() -> None:
+    """Load the package as `engine.LLM` does, make one token, and end."""
+    import resource
+
+    from engine.artifact import load_weights_index, open_package
+    from engine.core import SamplingParams
+    from engine.llm import LLM
+    from engine.runtime.memory import get_token_bytes
+
+    folder = Path(sys.argv[1])
+    llm = LLM(folder)
+    prompt = [i % llm.limits.vocab_size for i in range(min(PROMPT, llm.limits.max_length - 1))]
+    llm.generate(prompt, SamplingParams(temperature=0, max_tokens=1, ignore_eos=True))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    weights = sum(record.nbytes for record in load_weights_index(folder))
+    positions = llm.limits.num_pages * llm.limits.page_size
+    kv = positions * get_token_bytes(open_package(folder).manifest.library)
+    print(json.dumps({"peak_bytes": peak, "weight_bytes": weights, "kv_bytes": kv}), flush=True)
+    os._exit(0)  # its threads have nothing to end
+
+
+if __name__ == "__main__":
+    main()
