@@ -78,9 +78,9 @@ def quantize(x):
     """numpy's version of quantize_rows: the float32 values that the codes stand for."""
     groups = x.reshape(*x.shape[:-1], -1, 32)
     largest = np.abs(groups).max(-1, keepdims=True)
-    something = largest > quantize_rows.NOTHING
-    codes = np.rint(groups * np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=something))
-    return (codes * (largest * np.float32(1 / 127))).reshape(x.shape).astype(np.float32)
+    fraction, exponent = np.frexp(np.maximum(largest * np.float32(1 / 127), np.float32(quantize_rows.LEAST)))
+    scale = np.ldexp(np.float32(1), exponent - (fraction == 0.5))
+    return (np.rint(groups / scale) * scale).reshape(x.shape)
 
 
 def codes_for(n, width):
@@ -239,7 +239,10 @@ def test_fused_quantization_equals_its_parts(rng, width):
 def test_quantize_rows_of_zeros():
     acts = codes_for(2, 64)
     build(quantize_rows.make_quantize_rows(64, zero=7))(np.zeros((2, 64), np.float32), *acts)
-    assert not any(a[: 2 * 2].any() for a in acts)
+    codes, scales, corrections = acts
+    assert not codes.any()
+    assert not corrections.any()
+    assert (scales[: 2 * 2] == quantize_rows.LEAST).all()
 
 
 def test_unknown_rope_type_is_refused():

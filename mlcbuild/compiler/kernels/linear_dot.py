@@ -16,7 +16,7 @@ from tvm.script.ir_builder import tirx as T
 
 from mlcbuild.compiler.kernels import tir
 from mlcbuild.compiler.kernels.benchmark import Benchmark, Setting, list_linears
-from mlcbuild.compiler.kernels.quantize_rows import GROUP, MAX_BLOCK, block_rows, code_args, code_sizes
+from mlcbuild.compiler.kernels.quantize_rows import GROUP, LEAST_SCALE, MAX_BLOCK, block_rows, code_args, code_sizes
 from mlcbuild.compiler.kernels.tir import Accumulator, Expr, f32, put, spread, vec
 from mlcbuild.quantization.group import get_zero
 from mlcbuild.quantization.layouts.int8_16x64 import SCALE_BYTES, accepts, get_block_bytes
@@ -121,7 +121,8 @@ class Tile:
         """float32 [lanes]: the scales of a part."""
         lanes = self.dot.lanes
         halves = self.load(block, group * 2 * ROWS + part * 2 * lanes, 2 * lanes)
-        return tir.to_f32(T.reinterpret(f"float16x{lanes}", halves), lanes)
+        scales = tir.to_f32(T.reinterpret(f"float16x{lanes}", halves), lanes)
+        return tir.maximum(scales, f32(LEAST_SCALE, lanes), lanes)
 
     def unpack(self, block: Expr, group: int, part: int) -> Planes:
         """Registers of codes as bytes, four inputs of the group a lane; eight registers are the 32 inputs in order."""

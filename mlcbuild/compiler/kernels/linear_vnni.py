@@ -17,10 +17,11 @@ from tvm.script.ir_builder import tirx as T
 
 from mlcbuild.compiler.kernels import tir
 from mlcbuild.compiler.kernels.benchmark import Benchmark, Setting, list_linears
-from mlcbuild.compiler.kernels.quantize_rows import GROUP, MAX_BLOCK, block_rows, code_args, code_sizes
+from mlcbuild.compiler.kernels.quantize_rows import GROUP, LEAST_SCALE, MAX_BLOCK, block_rows, code_args, code_sizes
 from mlcbuild.compiler.kernels.tir import F32, I32, Accumulator, Expr, f32, fma, put, spread, vec
 from mlcbuild.quantization.layouts.int8_16x64 import SCALE_BYTES, accepts, get_block_bytes
 
+ONE = 127 << 23  # the bits of 1.0
 AHEAD = {4: 12, 8: 6}  # blocks asked for in advance by the many-row path, too busy for the hardware prefetcher
 
 
@@ -46,7 +47,7 @@ def make_linear(out_features: int, in_features: int, *, bits: int, bias: bool, r
                 with T.Then(), T.serial(pair) as r:
                     _one_row(w, bits, acts, t * pair + r, blocks, store)
                 with T.Else():
-                    _many_rows(w, bits, acts, n, t, pair, blocks, store)
+                    _many_rows(w, bits, acts, y, t, pair, blocks, store)
 
     return tir.make_prim_func(body)
 
@@ -67,7 +68,8 @@ def _bytes(w: Expr, tile: Expr, block: Expr, at: Expr, count: int = 64) -> Expr:
 
 def _scale(w: Expr, tile: Expr, block: Expr, group: int) -> Expr:
     """float32 scales of 16 rows."""
-    return tir.to_f32(T.reinterpret("float16x16", _bytes(w, tile, block, group * 32, 32)))
+    scales = tir.to_f32(T.reinterpret("float16x16", _bytes(w, tile, block, group * 32, 32)))
+    return tir.maximum(scales, f32(LEAST_SCALE))
 
 
 def _one_row(
@@ -126,18 +128,23 @@ def _many_rows(
     w: Expr,
     bits: int,
     acts: tuple[Expr, Expr, Expr],
-    n: Expr,
+    y: Expr,
     t: Expr,
     pair: int,
     blocks: int,
     store: Callable[..., None],
 ) -> None:
     lines, in_advance = get_block_bytes(bits) // 64, AHEAD[bits]
+    n = y.shape[0]
     rows = T.bind(block_rows(n))
     sums = tir.scratch(MAX_BLOCK * pair * 2 * 16)
     with T.serial((n + rows - 1) // rows) as block_of_rows:
-        with T.serial(rows * pair * 2) as i:
-            put(sums, i * 16, f32(0))
+        with T.serial(rows) as m:
+            for i in range(pair * 2):
+                put(sums, (m * (pair * 2) + i) * 16, f32(0))
+            # rows of y lie far apart: their lines are fetched while the sums are made
+            for r in range(pair):
+                tir.prefetch(T.address_of(y[block_of_rows * rows + m, (t * pair + r) * 16]), write=True)
         with T.serial(blocks) as block:
             # behind the end of a tile lies its neighbour, which this thread has read beside it: skip it
             skipped = T.Select(block + in_advance >= blocks, (pair - 1) * blocks, 0)
@@ -148,9 +155,12 @@ def _many_rows(
                     tile = t * pair + r
                     for line in range(g, lines, 2):
                         tir.prefetch(T.address_of(w[tile, block, ahead + line * 64]))
-                    weights.append((T.bind(_scale(w, tile, block, g)), _unpack(w, bits, tile, block, g)))
+                    exponents = T.reinterpret(I32, _scale(w, tile, block, g)) - spread(T.int32(ONE))
+                    weights.append((T.bind(exponents), _unpack(w, bits, tile, block, g)))
                 first = T.bind((block_of_rows * (2 * blocks) + block * 2 + g) * rows)
                 with T.serial(rows // 2) as two:
+                    # two rows are one line: those of the next groups come from L2 or beyond
+                    tir.prefetch(T.address_of(acts[0][(first + two * 2 + MAX_BLOCK) * GROUP]))
                     for u in range(2):
                         _accumulate_row(acts, weights, first, two * 2 + u, g, sums)
         with T.serial(rows) as m:
@@ -175,7 +185,9 @@ def _accumulate_row(
     for r in range(pair):
         o = (m * pair + r) * 32 + g * 16
         dot = T.cast(chains[r][0] + chains[r][1], F32)
-        put(sums, o, fma(dot, weights[r][0] * spread(scales[at]), vec(sums, o)))
+        # the product of both scales: that of the activations is a power of two
+        scale = T.reinterpret(F32, weights[r][0] + spread(T.reinterpret("int32", scales[at])))
+        put(sums, o, fma(dot, scale, vec(sums, o)))
 
 
 def list_benchmarks(s: Setting) -> Iterator[Benchmark]:

@@ -1,7 +1,9 @@
 """Activations to int8: rows of float32 become codes, one scale per group of 32, and the zero-point correction.
 
-For every group of 32 inputs x: scale = max|x| / 127, code = round(x / scale), correction = -zero * sum(codes): MLC's
-weights are stored with a zero point, 7 or 127, so w . x = scale_w * scale * (stored . codes + correction).
+For every group of 32 inputs x: scale = the least power of two with max|x| <= 127 scale, code = round(x / scale),
+correction = -zero * sum(codes): MLC's weights are stored with a zero point, 7 or 127, so w . x = scale_w * scale *
+(stored . codes + correction). The form is that of MXINT8 (OCP Microscaling Formats 1.0): a product with such a scale is
+an addition of exponents, which leaves the processor's multipliers to the dot products.
 
 The rows of a call are cut into blocks of `block_rows(n)` and stored `[block][group][row in block]`, codes 32 to a
 group: the matmul reads them as one sequential stream, and no two rows share an L1 set.
@@ -22,7 +24,8 @@ from mlcbuild.quantization.group import get_zero
 
 GROUP = 32
 MAX_BLOCK = 64  # rows of a block: 64 x 32 float32 partial sums of the matmul stay in L1
-NOTHING = 1e-30  # a group below this is zero: 127 / max would overflow for denormals
+LEAST = 2.0**-60  # the smallest scale of activations
+LEAST_SCALE = 2.0**-40  # of weights: stands for 0, where exponents could not be added; what it scales is 0
 
 
 def padded_rows(n: Expr) -> Expr:
@@ -156,12 +159,13 @@ def store_group(halves: list[Expr], at: Expr, codes: Expr, scales: Expr, correct
     `zero`: the code of weight 0, which the correction makes good.
     """
     largest = T.bind(tir.reduce_max(tir.maximum(*[tir.call(F32, "fabs", h) for h in halves])))
-    something = largest > T.float32(NOTHING)
-    inverse = T.bind(T.Select(something, T.float32(127) / largest, T.float32(0)))
+    least = tir.call("float32", "maxnum", largest * T.float32(1 / 127), T.float32(LEAST))
+    bits = T.bind((T.reinterpret("int32", least) + T.int32(0x7FFFFF)) & T.int32(0x7F800000))  # up to a power of two
+    inverse = T.bind(T.reinterpret("float32", T.int32(254 << 23) - bits))
     rounded = [T.bind(T.cast(tir.call(F32, "nearbyint", h * spread(inverse)), I32)) for h in halves]
     for i, q in enumerate(rounded):
         put(codes, at * GROUP + i * 16, T.cast(q, "int8x16"))
-    T.buffer_store(scales, T.Select(something, largest * T.float32(1 / 127), T.float32(0)), [at])
+    T.buffer_store(scales, T.reinterpret("float32", bits), [at])
     total = tir.call("int32", "vector.reduce.add", rounded[0] + rounded[1])
     T.buffer_store(corrections, total * T.int32(-zero), [at])
 

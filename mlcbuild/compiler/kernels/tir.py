@@ -132,9 +132,9 @@ def fma(a: Expr, b: Expr, c: Expr, lanes: int = LANES) -> Expr:
     return call(f"float32x{lanes}", "fma", a, b, c)
 
 
-def maximum(a: Expr, b: Expr) -> Expr:
+def maximum(a: Expr, b: Expr, lanes: int = LANES) -> Expr:
     """Lane-wise maximum."""
-    return call(F32, "maxnum", a, b)
+    return call(f"float32x{lanes}", "maxnum", a, b)
 
 
 def reduce_sum(v: Expr) -> Expr:
@@ -147,9 +147,9 @@ def reduce_max(v: Expr) -> Expr:
     return call("float32", "vector.reduce.fmax", v)
 
 
-def prefetch(address: Expr) -> None:
-    """Ask for a cache line that is read soon (read, keep in all levels)."""
-    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, T.int32(0), T.int32(3), T.int32(1)))
+def prefetch(address: Expr, *, write: bool = False) -> None:
+    """Ask for a cache line that is read (or written) soon, in all levels."""
+    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, T.int32(write), T.int32(3), T.int32(1)))
 
 
 def exp2(x: Expr) -> Expr:
