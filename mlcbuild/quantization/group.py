@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from mlcbuild.errors import RecipeError, WeightError
 from mlcbuild.quantization import TensorSpec
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from mlcbuild.quantization import Tensors
     from mlcbuild.recipes.schema import Quantization
 
@@ -62,6 +62,8 @@ def storage(q: Quantization, shape: tuple[int, int]) -> dict[str, TensorSpec]:
 
 def quantize(q: Quantization, weight: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
     """Codes and scales of a block of rows (rows, K) float32, finite. Fastest for blocks that fit in the L2 cache."""
+    import numpy as np
+
     rows, width = weight.shape
     group, zero = get_group_size(q), get_zero(q.bits)
     scale = (max_of_groups(weight, group) / np.float32(zero)).astype(q.dtype).reshape(rows, width // group)
@@ -84,6 +86,8 @@ def max_of_groups(weight: NDArray[np.float32], group: int) -> NDArray[np.float32
     The bits of non-negative floats order as integers do, and halving pairs is five times faster than a reduction over
     a short axis.
     """
+    import numpy as np
+
     bits: NDArray[np.uint32] = np.abs(weight).reshape(-1).view(np.uint32)
     if group & (group - 1):
         bits = bits.reshape(-1, group).max(axis=1)
@@ -96,6 +100,8 @@ def max_of_groups(weight: NDArray[np.float32], group: int) -> NDArray[np.float32
 
 def dequantize(q: Quantization, tensors: Tensors) -> NDArray[np.float32]:
     """The float32 rows (rows, K) that codes and scales stand for: the product is exact in float32."""
+    import numpy as np
+
     codes = get_codes(tensors["q_weight"], q.bits)
     rows, width = codes.shape
     scale = tensors["q_scale"].astype(np.float32)
@@ -106,6 +112,8 @@ def dequantize(q: Quantization, tensors: Tensors) -> NDArray[np.float32]:
 
 def get_codes(q_weight: NDArray[Any], bits: int) -> NDArray[np.uint8]:
     """Unpack uint32 (rows, K bits/32) to one code per byte (rows, K)."""
+    import numpy as np
+
     packed: NDArray[np.uint8] = np.ascontiguousarray(q_weight).view(np.uint8)
     return packed if bits == 8 else np.stack((packed & 15, packed >> 4), axis=-1).reshape(len(q_weight), -1)
 

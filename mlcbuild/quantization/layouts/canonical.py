@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from numpy.typing import NDArray
-
 from mlcbuild.quantization import TensorSpec, get_method
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from mlcbuild.quantization import Tensors
     from mlcbuild.recipes.schema import Quantization
 

@@ -14,22 +14,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from mlcbuild.quantization import TensorSpec
 from mlcbuild.quantization.group import WIDTHS, get_zero_word
 from mlcbuild.quantization.layouts.rows16 import ROWS, pad_rows
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from mlcbuild.quantization import Tensors
     from mlcbuild.recipes.schema import Quantization
 
 GROUP = 32
 SCALE_BYTES = 64
-LOW = np.uint64(0x0F0F0F0F0F0F0F0F)
-HIGH = np.uint64(0xF0F0F0F0F0F0F0F0)
-FOUR = np.uint64(4)
+LOW, HIGH = 0x0F0F0F0F0F0F0F0F, 0xF0F0F0F0F0F0F0F0
 
 
 def get_block_bytes(bits: int) -> int:
@@ -56,6 +54,8 @@ def storage(q: Quantization, shape: tuple[int, int]) -> dict[str, TensorSpec]:
 
 def pack(q: Quantization, tensors: Tensors) -> dict[str, NDArray[Any]]:
     """q_weight (rows, K bits/32) and q_scale (rows, K/32) of a block of rows -> q_tiles."""
+    import numpy as np
+
     zero = get_zero_word(q.bits)
     words, scale = pad_rows(tensors["q_weight"], zero), pad_rows(tensors["q_scale"], 0)
     if scale.shape[1] % 2:
@@ -74,6 +74,8 @@ def pack(q: Quantization, tensors: Tensors) -> dict[str, NDArray[Any]]:
 
 def unpack(q: Quantization, tensors: Tensors, shape: tuple[int, int]) -> dict[str, NDArray[Any]]:
     """q_tiles -> q_weight (rows, K bits/32) and q_scale (rows, K/32) of a block of shape (rows, K)."""
+    import numpy as np
+
     packed = tensors["q_tiles"]
     tiles, blocks = packed.shape[:2]
     rows, width = shape
@@ -90,28 +92,34 @@ def unpack(q: Quantization, tensors: Tensors, shape: tuple[int, int]) -> dict[st
 
 def pair_halves(words: NDArray[np.uint32]) -> NDArray[np.uint32]:
     """4-bit codes of whole groups (rows, K/8), in order -> as the kernel reads them: input i and 16 + i in a byte."""
+    import numpy as np
+
     halves = np.ascontiguousarray(words).view(np.uint64).reshape(-1, 2)
     low, high = halves[:, 0], halves[:, 1]
     # Byte j of `low` holds codes 2j and 2j+1 of the group, of `high` 16+2j and 16+2j+1.
     mixed = np.empty((len(low), 8, 2), np.uint8)
-    mixed[:, :, 0] = as_bytes((low & LOW) | ((high & LOW) << FOUR))
-    mixed[:, :, 1] = as_bytes(((low >> FOUR) & LOW) | (high & HIGH))
+    mixed[:, :, 0] = as_bytes((low & LOW) | ((high & LOW) << 4))
+    mixed[:, :, 1] = as_bytes(((low >> 4) & LOW) | (high & HIGH))
     return mixed.reshape(-1).view(np.uint32).reshape(words.shape)
 
 
 def part_halves(words: NDArray[np.uint32]) -> NDArray[np.uint32]:
     """The inverse of pair_halves."""
+    import numpy as np
+
     mixed = words.view(np.uint8).reshape(-1, 8, 2)
     even, odd = as_halves(mixed[:, :, 0]), as_halves(mixed[:, :, 1])
-    halves = np.stack(((even & LOW) | ((odd & LOW) << FOUR), ((even >> FOUR) & LOW) | (odd & HIGH)), axis=1)
+    halves = np.stack(((even & LOW) | ((odd & LOW) << 4), ((even >> 4) & LOW) | (odd & HIGH)), axis=1)
     return halves.view(np.uint32).reshape(words.shape)
 
 
-def as_bytes(words: NDArray[np.uint64]) -> NDArray[np.uint8]:
+def as_bytes(words: NDArray[Any]) -> NDArray[np.uint8]:
     """(n,) uint64 -> (n, 8) bytes, lowest first."""
-    return words.view(np.uint8).reshape(-1, 8)
+    return words.view("u1").reshape(-1, 8)
 
 
 def as_halves(columns: NDArray[np.uint8]) -> NDArray[np.uint64]:
     """(n, 8) bytes -> (n,) uint64, lowest first."""
+    import numpy as np
+
     return np.ascontiguousarray(columns).view(np.uint64).reshape(-1)

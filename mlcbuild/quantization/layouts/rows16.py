@@ -9,13 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from mlcbuild.quantization import TensorSpec, get_method
 from mlcbuild.quantization.group import get_zero_word
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from mlcbuild.quantization import Tensors
     from mlcbuild.recipes.schema import Quantization
 
@@ -48,6 +47,8 @@ def pack(q: Quantization, tensors: Tensors) -> dict[str, NDArray[Any]]:
 
 def unpack(q: Quantization, tensors: Tensors, shape: tuple[int, int]) -> dict[str, NDArray[Any]]:
     """Tiles -> canonical tensors of a block of shape (rows, K)."""
+    import numpy as np
+
     return {
         suffix: np.ascontiguousarray(tiles.transpose(0, 2, 1)).reshape(-1, tiles.shape[1])[: shape[0]]
         for suffix, tiles in tensors.items()
@@ -61,10 +62,14 @@ def get_padding(q: Quantization, suffix: str) -> int:
 
 def pack_rows(array: NDArray[Any], padding: int) -> NDArray[Any]:
     """(rows, C) -> (ceil(rows/16), C, 16)."""
+    import numpy as np
+
     tiles = pad_rows(array, padding).reshape(-1, ROWS, array.shape[1])
     return np.ascontiguousarray(tiles.transpose(0, 2, 1))
 
 
 def pad_rows(array: NDArray[Any], padding: int) -> NDArray[Any]:
     """Fill up to whole tiles of 16 rows."""
+    import numpy as np
+
     return np.pad(array, ((0, -len(array) % ROWS), (0, 0)), constant_values=padding) if len(array) % ROWS else array
