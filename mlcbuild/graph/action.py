@@ -27,6 +27,7 @@ from typing import Any, Protocol
 SCHEMA = 1
 # The graph's own files: state, locks, scratch folders, digests. All of it may be deleted between builds.
 PRIVATE = Path("artifacts/.graph")
+PROVENANCE = PRIVATE / "provenance"
 
 
 class Report(Protocol):
@@ -89,9 +90,24 @@ class Context:
 
 
 def get_provenance_path(task: str) -> Path:
-    """Where the key and specification of a task's last action are kept (JSON: key, made_of), for steps that need it."""
+    """The input with the key and specification of a task's last action (JSON: key, made_of), for steps that need it.
+
+    It is a file only while such a step runs."""
     step, _, name = task.partition(":")
-    return PRIVATE / "actions" / step / f"{name}.json"
+    return PROVENANCE / step / f"{name}.json"
+
+
+def find_task(path: Path) -> str | None:
+    """The task whose provenance an input is, None for any other input."""
+    if not str(path).startswith(f"{PROVENANCE}/"):
+        return None
+    step, _, name = str(path.relative_to(PROVENANCE).with_suffix("")).partition("/")
+    return f"{step}:{name}"
+
+
+def make_provenance(key: str, specification: str) -> str:
+    """The text of a provenance: canonical JSON, made of an action's key and the canonical JSON of its specification."""
+    return f'{{"key":"{key}","made_of":{specification}}}'
 
 
 def make_canonical_json(value: Any) -> str:

@@ -59,7 +59,7 @@ class Cache(Command):
 
         from mlcbuild.errors import MlcbuildError
         from mlcbuild.graph.command import take_settings
-        from mlcbuild.graph.execute import get_workspace
+        from mlcbuild.graph.workspace import get_workspace
 
         dryrun = bool(params["dryrun"]) or "-n" in args  # doit takes options before names only
         verb, packages = check_arguments([arg for arg in args if arg != "-n"])

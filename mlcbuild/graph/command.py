@@ -204,7 +204,7 @@ def check_result(plan: Plan) -> int:
     from mlcbuild.graph.explain import list_needed
 
     settings.always = False
-    stale = [action.task for action in list_needed(plan) if not is_uptodate(action, str(plan.root))]
+    stale = [action.task for action in list_needed(plan) if not is_uptodate(action, plan.root)]
     if stale:
         sys.stderr.write(
             f"ERROR: changed while it was built, by an edit or by another build: {', '.join(stale)}\n"
@@ -270,6 +270,8 @@ def take_settings(*, offline: bool) -> None:
 
 def check_remote() -> None:
     """Raise InvalidCommand for a remote cache that cannot be one. Workers share it, so it is made before them."""
+    if not (settings.remote or os.environ.get("MLCBUILD_REMOTE")):
+        return  # what it takes to speak to one need not be imported
     from mlcbuild.errors import StoreError
     from mlcbuild.graph.remote import get_remote
 

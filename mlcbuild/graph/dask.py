@@ -38,13 +38,14 @@ from doit.runner import Runner
 from mlcbuild.errors import ExecutorError
 from mlcbuild.graph.action import Action, get_provenance_path, make_key
 from mlcbuild.graph.changes import list_changes
-from mlcbuild.graph.execute import Workspace, execute, get_workspace, is_mendable, restore
+from mlcbuild.graph.execute import execute, is_mendable, restore
 from mlcbuild.graph.explain import find_output
 from mlcbuild.graph.plan import Plan, get_plan
 from mlcbuild.graph.remote import Remote, get_remote
 from mlcbuild.graph.reporter import is_step
 from mlcbuild.graph.settings import settings
 from mlcbuild.graph.workers import end_with
+from mlcbuild.graph.workspace import Workspace, get_workspace
 
 CONNECT_SECONDS = 10.0
 LOOK_SECONDS = 2.0  # how often a build that waits looks whether there still are workers
@@ -253,10 +254,10 @@ def make_job(plan: Plan, action: Action) -> Job | None:
         return None
     before = []
     for maker in (plan.actions[name] for name in action.after if name in plan.actions):
-        last = workspace.load_provenance(maker)
+        last = workspace.results.get(maker.task)
         assert last is not None, maker.task
-        share(workspace, remote, maker, str(last["key"]))
-        before.append((maker, str(last["key"])))
+        share(workspace, remote, maker, last.key)
+        before.append((maker, last.key))
     url = settings.remote or os.environ["MLCBUILD_REMOTE"]
     return Job(action, tuple(before), specification, url, settings.always, get_cluster().topic)
 

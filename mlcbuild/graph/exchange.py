@@ -8,12 +8,12 @@ from collections.abc import Iterator
 
 from mlcbuild.errors import StoreError
 from mlcbuild.graph.action import Report, make_key
-from mlcbuild.graph.execute import get_workspace
 from mlcbuild.graph.explain import Forecast, explain_plan
 from mlcbuild.graph.plan import Plan
 from mlcbuild.graph.remote import Remote, get_remote, list_blobs
 from mlcbuild.graph.settings import settings
 from mlcbuild.graph.store import Record, Store
+from mlcbuild.graph.workspace import get_workspace
 
 
 def get_named_remote() -> Remote:

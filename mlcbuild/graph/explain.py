@@ -17,13 +17,20 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlcbuild.graph.action import Action, get_provenance_path, make_canonical_json, make_key, make_specification
+from mlcbuild.graph.action import (
+    Action,
+    get_provenance_path,
+    make_canonical_json,
+    make_key,
+    make_provenance,
+    make_specification,
+)
 from mlcbuild.graph.changes import list_changes
 from mlcbuild.graph.digest import get_location, is_pattern
-from mlcbuild.graph.execute import Workspace, get_workspace, make_json_text
 from mlcbuild.graph.remote import get_remote
 from mlcbuild.graph.settings import collect_rarely
 from mlcbuild.graph.store import Blob, Record
+from mlcbuild.graph.workspace import Workspace, get_workspace
 
 if TYPE_CHECKING:
     from mlcbuild.graph.plan import Plan
@@ -80,10 +87,10 @@ def make_forecast(workspace: Workspace, action: Action, before: Sequence[Forecas
     specification = make_specification(action, inputs=known, **workspace.get_circumstances(action))
     if len(known) == len(inputs) and workspace.is_current(action, make_key(specification)):
         return Forecast(action, "ok", (), specification)
-    last = workspace.load_provenance(action)
+    last = workspace.results.get(action.task)
     reasons = [FIRST]
     if last is not None:
-        old = last["made_of"]
+        old = last.made_of
         differences = (*list_changes(old, specification), *list_input_changes(action, old["inputs"], inputs, before))
         reasons = list(dict.fromkeys(differences))
     if len(known) < len(inputs):
@@ -107,7 +114,7 @@ def forecast_input(workspace: Workspace, action: Action, name: str, before: Sequ
         if maker.status == "ok":
             continue
         if path == get_provenance_path(maker.action.task):
-            return None if maker.specification is None else get_text_digest(make_provenance(maker.specification))
+            return None if maker.specification is None else get_provenance_digest(maker.specification)
         output = find_output(maker.action, path)
         if output is not None:
             return None if maker.record is None else get_blobs_digest(maker.record, maker.action, output, path)
@@ -151,9 +158,9 @@ def find_output(action: Action, path: Path) -> str | None:
     return next((name for name, made in action.outputs.items() if made == at or made in at.parents), None)
 
 
-def make_provenance(specification: dict[str, Any]) -> str:
-    """The provenance file of an action with this specification, as execute.py writes it."""
-    return make_json_text({"key": make_key(specification), "made_of": specification})
+def get_provenance_digest(specification: dict[str, Any]) -> str:
+    """The digest of the provenance of an action with this specification."""
+    return get_text_digest(make_provenance(make_key(specification), make_canonical_json(specification)))
 
 
 def get_text_digest(text: str) -> str:

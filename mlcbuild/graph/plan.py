@@ -298,7 +298,6 @@ def make_tasks() -> Iterator[dict[str, Any]]:
     from mlcbuild.graph.execute import is_uptodate, remove_outputs, run_action
 
     plan = get_plan()
-    root = str(plan.root)
     docs = {module.__name__: get_purpose(module) for module in plan.modules}
     for step in sorted({action.step for action in plan.actions.values()}):
         module = next(action.module for action in plan.actions.values() if action.step == step)
@@ -308,11 +307,11 @@ def make_tasks() -> Iterator[dict[str, Any]]:
             "basename": action.step,
             "name": action.name,
             "doc": docs.get(action.module, ""),
-            "actions": [(run_action, [action, root])],
+            "actions": [(run_action, [action, plan.root])],
             "task_dep": list(action.after),
             "targets": [str(path) for path in action.outputs.values()],
-            "uptodate": [(is_uptodate, [action, root])],
-            "clean": [(remove_outputs, [action, root])],
+            "uptodate": [(is_uptodate, [action, plan.root])],
+            "clean": [(remove_outputs, [action, plan.root])],
             "verbosity": 0,
             "meta": {"step": action.step, "name": action.name},
         }
@@ -320,7 +319,8 @@ def make_tasks() -> Iterator[dict[str, Any]]:
 
 def are_current(last: str) -> bool:
     """Whether the task `last` and all that it comes after have nothing to do: `uptodate` of tasks without actions."""
-    from mlcbuild.graph.execute import get_workspace, is_uptodate
+    from mlcbuild.graph.execute import is_uptodate
+    from mlcbuild.graph.workspace import get_workspace
 
     plan = get_plan()
     workspace = get_workspace(plan.root)
@@ -331,7 +331,7 @@ def are_current(last: str) -> bool:
             continue
         seen.add(name)
         action = plan.actions[name]
-        if not (workspace.is_known_current(action) or is_uptodate(action, str(plan.root))):
+        if not (workspace.is_known_current(action) or is_uptodate(action, plan.root)):
             return False
         pending += plan.actions[name].after
     return True

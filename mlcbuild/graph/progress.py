@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
@@ -26,12 +27,13 @@ BAR_WIDTH = 24
 
 @dataclass
 class Running:
-    """A step that runs: since when (s), how long it took the last time, what it says, the share done, bytes in all."""
+    """A step that runs: since when (s), who knows how long it took the last time (s), what it says, the share done,
+    bytes in all."""
 
     step: str
     name: str
     started: float
-    expected: float | None = None
+    expected: Callable[[], float | None] = lambda: None
     text: str = ""
     fraction: float | None = None
     size: int | None = None
@@ -57,7 +59,7 @@ class Running:
             rest = self.size * (1 - self.fraction) / rate if rate >= 1 else None
         else:
             parts += [] if self.fraction is None else [f"{self.fraction:.0%}"]
-            rest = estimate_rest(now - self.started, self.fraction, self.expected)
+            rest = estimate_rest(now - self.started, self.fraction, self.expected())
         return "  ".join([*parts, f"{show_duration(rest)} left"] if rest is not None else parts)
 
 

@@ -11,6 +11,7 @@ has stdout to itself, and what is built for it first is said on stderr.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import select
@@ -71,7 +72,8 @@ class Reporter:
         if not is_step(task):
             self.view.close()  # the terminal is its own
             return
-        running = Running(task.meta["step"], task.meta["name"], time.monotonic(), get_last_seconds(task.name))
+        expected = functools.cache(functools.partial(get_last_seconds, task.name))
+        running = Running(task.meta["step"], task.meta["name"], time.monotonic(), expected)
         self.state.running[task.name] = running
         if task.name in self.early:
             running.hear(*self.early.pop(task.name))
@@ -204,6 +206,8 @@ class Mail:
         """Take what has come, and end."""
         self._done.set()
         if self._thread is not None:
+            with contextlib.suppress(BlockingIOError):  # it is full, so that nobody sleeps
+                os.write(self._write, b"\n")
             self._thread.join()
             self._thread = None
         for handle in (self._read, self._write):
@@ -216,7 +220,7 @@ class Mail:
             ended = self._done.is_set()  # then what is in the pipe is the last
             if select.select([self._read], [], [], 0 if ended else 0.1)[0]:
                 *lines, rest = (rest + os.read(self._read, 1 << 16)).split(b"\n")
-                for line in lines:
+                for line in filter(None, lines):
                     self._hear(json.loads(line))
             elif ended:
                 return
@@ -246,13 +250,12 @@ def list_needed(tasks: Mapping[str, Any], selected: Sequence[str]) -> set[str]:
 
 def get_last_seconds(task: str) -> float | None:
     """How long a step ran when its outputs were last made, if the store still knows."""
-    from mlcbuild.graph.execute import get_workspace
     from mlcbuild.graph.plan import get_plan
+    from mlcbuild.graph.workspace import get_workspace
 
-    plan = get_plan()
-    workspace = get_workspace(plan.root)
-    last = workspace.load_provenance(plan.actions[task])
-    record = workspace.store.load_record(str(last["key"])) if last is not None else None
+    workspace = get_workspace(get_plan().root)
+    last = workspace.results.get(task)
+    record = workspace.store.load_record(last.key) if last is not None else None
     return record.seconds if record is not None else None
 
 

@@ -19,9 +19,9 @@ from mlcbuild.errors import StepError
 from mlcbuild.graph.action import PRIVATE, Action
 from mlcbuild.graph.changes import list_changes
 from mlcbuild.graph.digest import BLOCK, DigestMemo
-from mlcbuild.graph.execute import Workspace, get_workspace, remove
 from mlcbuild.graph.explain import list_needed
 from mlcbuild.graph.store import Store
+from mlcbuild.graph.workspace import Workspace, get_workspace, remove
 from mlcbuild.recipes.matrix import VARIABLES
 
 if TYPE_CHECKING:
@@ -81,8 +81,8 @@ def share_downloads(plan: Plan, actions: list[Action], other: Path) -> None:
     here, there = get_workspace(plan.root), Store(other / STORE, DigestMemo(other / PRIVATE / "digests"))
     remote = {f"download:{build.model.name}" for build in plan.selected if build.model.source.repo is not None}
     for action in actions:
-        last = here.load_provenance(action) if action.task in remote else None
-        record = here.store.load_record(last["key"]) if last is not None else None
+        last = here.results.get(action.task) if action.task in remote else None
+        record = here.store.load_record(last.key) if last is not None else None
         scratch = {name: other / "served" / name for name in action.outputs}
         if record is not None and here.store.restore(record, scratch):
             there.save(record, scratch)
@@ -105,23 +105,23 @@ def rebuild(plan: Plan, other: Path) -> None:
 def compare_action(action: Action, here: Workspace, there: Workspace) -> Comparison:
     """The key and the files of one action here and there."""
     ours, theirs = (set(workspace.get_outputs(action)) for workspace in (here, there))
-    files = {path for path in ours | theirs if PRIVATE not in Path(path).parents}
+    files = ours | theirs
     differences = list(compare_keys(action, here, there))
     for path in sorted(files):
         if path not in ours or path not in theirs:
             differences.append(f"{path} is only {'here' if path in ours else 'in the other build'}")
         elif text := compare_files(here.root / path, there.root / path):
             differences.append(f"{path} {text}")
-    return Comparison(action, len(files & ours), tuple(differences))
+    return Comparison(action, len(ours), tuple(differences))
 
 
 def compare_keys(action: Action, here: Workspace, there: Workspace) -> Iterator[str]:
     """What differs between the keys, but for inputs: those are compared where they are made."""
-    ours, theirs = (workspace.load_provenance(action) for workspace in (here, there))
+    ours, theirs = (workspace.results.get(action.task) for workspace in (here, there))
     if ours is None or theirs is None:
         yield f"its key is unknown {'here' if ours is None else 'in the other build'}"
-    elif ours["key"] != theirs["key"]:
-        yield from (f"key: {text}" for text in list_changes(ours["made_of"], theirs["made_of"]))
+    elif ours.key != theirs.key:
+        yield from (f"key: {text}" for text in list_changes(ours.made_of, theirs.made_of))
 
 
 def compare_files(here: Path, there: Path) -> str:

@@ -13,7 +13,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from mlcbuild.graph.action import PRIVATE, make_canonical_json
@@ -80,7 +80,8 @@ def save_snapshot(path: Path, snapshot: Snapshot) -> None:
     scratch = path.with_name(f"{path.name}.{os.getpid()}")
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(json.dumps(asdict(snapshot)), "utf-8")
+        values = {field.name: getattr(snapshot, field.name) for field in fields(snapshot)}  # asdict would copy all
+        scratch.write_text(json.dumps(values), "utf-8")
         os.replace(scratch, path)
 
 

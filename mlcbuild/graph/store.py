@@ -13,10 +13,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
 import stat
+import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,7 +59,7 @@ class Store:
         self.root = root
         self._memo = memo
         try:
-            for name in ("ac", "cas", "locks", "scratch"):
+            for name in ("ac", "cas", "scratch"):
                 (root / name).mkdir(parents=True, exist_ok=True)
             if not os.access(root / "ac", os.W_OK):
                 code = errno.EROFS if os.statvfs(root).f_flag & os.ST_RDONLY else errno.EACCES
@@ -72,7 +74,7 @@ class Store:
 
     def lock(self, key: str) -> contextlib.AbstractContextManager[None]:
         """The lock that one builder of `key` holds while the others wait to take over its result."""
-        return hold_lock(self.root / "locks" / key)
+        return hold_lock(self.root / "lock", key)
 
     def load_record(self, key: str) -> Record | None:
         """The record of `key`, None when there is none. A record that cannot be read is quarantined."""
@@ -108,11 +110,13 @@ class Store:
         """Make a record's outputs anew at the paths in `destination`; False if a blob is missing or was damaged."""
         with self.hold():
             for name, blobs in record.outputs.items():
+                folders = {(destination[name] / blob.path).parent for blob in blobs}
+                for folder in sorted(folders):
+                    folder.mkdir(parents=True, exist_ok=True)
                 for blob in blobs:
                     source, path = self.get_blob_path(blob.sha256), destination[name] / blob.path
                     if not self._is_intact(source, blob):
                         return False
-                    path.parent.mkdir(parents=True, exist_ok=True)
                     share_file(source, path)
                     self._memo.remember(path, blob.sha256)
         with contextlib.suppress(OSError):  # it is gone, or another user's
@@ -121,7 +125,7 @@ class Store:
 
     def hold(self, *, alone: bool = False) -> contextlib.AbstractContextManager[None]:
         """Held together by those who add and restore, and alone by those who remove (see upkeep.py)."""
-        return hold_lock(self.root / "hold", alone=alone)
+        return hold_lock(self.root / "lock", "", alone=alone)
 
     def remove_record(self, key: str) -> None:
         """Forget a record; its blobs stay until nothing speaks of them."""
@@ -198,12 +202,17 @@ class Store:
 
 
 @contextlib.contextmanager
-def hold_lock(path: Path, *, alone: bool = True) -> Iterator[None]:
-    """Wait for the lock on the file `path`, which is made if need be and stays, and hold it. The kernel lets it go when
-    the process is gone, however it ends."""
-    handle = open_file(path, os.O_RDONLY | os.O_CREAT)
+def hold_lock(path: Path, name: str, *, alone: bool = True) -> Iterator[None]:
+    """Wait for the lock `name` of the file `path`, which is made if need be and stays, and hold it. The kernel lets it
+    go when the process is gone, however it ends.
+
+    A lock is a byte of the file, so that there is no file for each of thousands of them.
+    """
+    handle = open_file(path, os.O_RDWR | os.O_CREAT)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        kind = fcntl.F_WRLCK if alone else fcntl.F_RDLCK
+        place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
+        fcntl.fcntl(handle, fcntl.F_OFD_SETLKW, struct.pack("hhqqi4x", kind, os.SEEK_SET, place, 1, 0))
         yield
     finally:
         os.close(handle)
@@ -234,14 +243,15 @@ def make_blobs(logical: str, path: Path, memo: DigestMemo) -> tuple[Blob, ...]:
 
 def share_file(source: Path, path: Path) -> None:
     """Make `path` a read-only file with the contents of `source`, sharing bytes where possible."""
-    if not _clone(source, path) and not _link(source, path):
+    if os.stat(source).st_size <= SMALL:
+        with open(source, "rb") as read, open(path, "xb") as write:
+            write.write(read.read())
+    elif not _clone(source, path) and not _link(source, path):
         shutil.copyfile(source, path)
     os.chmod(path, READ_ONLY)
 
 
 def _clone(source: Path, path: Path) -> bool:
-    if os.stat(source).st_size <= SMALL:
-        return False
     try:
         with open(source, "rb") as read, open(path, "xb") as write:
             fcntl.ioctl(write.fileno(), FICLONE, read.fileno())
@@ -252,8 +262,6 @@ def _clone(source: Path, path: Path) -> bool:
 
 
 def _link(source: Path, path: Path) -> bool:
-    if os.stat(source).st_size <= SMALL:
-        return False
     try:
         os.link(source, path)
     except OSError:  # another file system, or too many links

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +12,12 @@ from typing import TYPE_CHECKING, Any
 from mlcbuild.errors import PackageError
 from mlcbuild.graph.action import PRIVATE
 from mlcbuild.graph.digest import get_location, get_stat, list_files
-from mlcbuild.graph.execute import get_workspace
 from mlcbuild.graph.settings import SIGNATURE, SIGNING_KEY
 from mlcbuild.graph.snapshot import make_snapshot, save_snapshot
+from mlcbuild.graph.workspace import get_workspace
 
 if TYPE_CHECKING:
     from mlcbuild.graph.plan import Build, Plan
-
-PLAIN_WIDTH = 200  # columns of the table where there is no terminal
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,23 +67,18 @@ def _load(path: Path) -> dict[str, Any]:
 
 def print_rows(rows: list[Row]) -> None:
     """The table of packages, and the reply of the last one that can speak."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
-    table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
-    for title, justify in (("variant", "left"), ("package", "left"), ("size", "right"), ("KL", "right")):
-        table.add_column(title, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    for title, justify in (("top-1", "right"), ("tokens/s", "right"), ("", "left")):
-        table.add_column(title, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    lines = [("variant", "package", "size", "KL", "top-1", "tokens/s", "")]
     for row in rows:
         figures = (_show(row.kl, ".4f"), _show(row.top1, ".1%"), _show(row.decode, ".1f"))
-        table.add_row(row.variant, row.package, show_size(row.size), *figures, row.note)
-    console.print()
-    console.print(table)
+        lines.append((row.variant, row.package, show_size(row.size), *figures, row.note))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    print()
+    for line in lines:
+        cells = [f"{cell:{align}{width}}" for cell, align, width in zip(line, "<<>>>><", widths, strict=True)]
+        print("  ".join(cells).rstrip())
     spoken = [row for row in rows if row.prompt and not row.note]
     if spoken:
-        console.print(f"\n> {spoken[-1].prompt}\n{spoken[-1].reply}", markup=False)
+        print(f"\n> {spoken[-1].prompt}\n{spoken[-1].reply}")
 
 
 def _show(value: float | None, form: str) -> str:

@@ -16,11 +16,11 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from mlcbuild.errors import PackageError
 from mlcbuild.graph.action import PRIVATE
 from mlcbuild.graph.digest import load_digest
+from mlcbuild.graph.results import Result, ResultLog
 from mlcbuild.graph.store import Blob, Record, Store
 
 DAY = 86_400.0
@@ -66,17 +66,17 @@ def list_checkouts(store: Path) -> list[Path]:
     return sorted({root for root in roots if (root / PRIVATE).is_dir()})
 
 
-def load_states(store: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Every state file of every checkout: which key its outputs belong to (see execute.py)."""
+def load_results(store: Path) -> Iterator[tuple[ResultLog, str, Result]]:
+    """What every task of every checkout has made last: the log that says so, the task and its result."""
     for root in list_checkouts(store):
-        for file in (root / PRIVATE / "state").rglob("*.json"):
-            with contextlib.suppress(OSError, ValueError):
-                yield file, dict(json.loads(file.read_text("utf-8")))
+        log = ResultLog(root)
+        with contextlib.suppress(OSError):
+            yield from ((log, task, result) for task, result in log.load_all())
 
 
 def load_entries(store: Store) -> list[Entry]:
     """Every record of the store, least recently used first."""
-    needed = {str(state.get("key")) for _, state in load_states(store.root)}
+    needed = {result.key for _, _, result in load_results(store.root)}
     for pin in (store.root / "pins").glob("*.json"):
         needed.update(json.loads(pin.read_text("utf-8")))
     entries = []
@@ -191,12 +191,12 @@ def find_name(entry: Entry, digest: str) -> str:
 
 
 def forget_shared(store: Store, stat: os.stat_result) -> list[str]:
-    """Drop the states of actions whose outputs are hard links to a damaged blob: the paths of these outputs."""
+    """Drop the results of actions whose outputs are hard links to a damaged blob: the paths of these outputs."""
     found = []
-    for file, state in load_states(store.root):
-        shared = [path for path, known in state.get("outputs", {}).items() if known[:2] == [stat.st_dev, stat.st_ino]]
+    for log, task, result in load_results(store.root):
+        shared = [path for path, known in result.outputs.items() if known[:2] == [stat.st_dev, stat.st_ino]]
         if shared:
-            file.unlink(missing_ok=True)
+            log.forget(task)
             found += shared
     return sorted(found)
 

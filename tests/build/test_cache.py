@@ -14,6 +14,7 @@ from small_project import VARIANT, doit, make_command, make_environment, make_pr
 
 from mlcbuild.graph import upkeep
 from mlcbuild.graph.digest import DigestMemo
+from mlcbuild.graph.results import ResultLog
 from mlcbuild.graph.store import Store
 from mlcbuild.graph.upkeep import DAY, GRACE, collect_garbage, list_checkouts, load_entries
 
@@ -112,7 +113,7 @@ def test_checkouts_that_share_a_store_keep_theirs(tmp_path: Path) -> None:
 
 def test_a_pinned_package_stays(built: Path) -> None:
     manifest = built / PACKAGE / "manifest.json"
-    keys = [json.loads(path.read_text())["key"] for path in (built / "artifacts/.graph/state/convert").rglob("*.json")]
+    keys = [result.key for task, result in ResultLog(built).load_all() if task.startswith("convert:")]
     manifest.chmod(0o644)
     text = json.dumps({"actions": {"convert": {"key": keys[0]}}})
     manifest.write_text(text)

@@ -11,9 +11,11 @@ import pytest
 
 from mlcbuild.graph.action import (
     Action,
+    find_task,
     get_provenance_path,
     make_canonical_json,
     make_key,
+    make_provenance,
     make_specification,
 )
 
@@ -95,4 +97,13 @@ def test_an_action_can_be_sent_to_a_worker() -> None:
 
 def test_names() -> None:
     assert ACTION.task == "convert:tiny/q4/rows16"
-    assert get_provenance_path(ACTION.task) == Path("artifacts/.graph/actions/convert/tiny/q4/rows16.json")
+    assert get_provenance_path(ACTION.task) == Path("artifacts/.graph/provenance/convert/tiny/q4/rows16.json")
+    for task in ("convert:tiny/q4/rows16", "compile:llama3.2-1b/q0f32/x86-64-v3", "download:m"):
+        assert find_task(get_provenance_path(task)) == task
+    assert find_task(Path("artifacts/weights/tiny")) is None
+
+
+def test_provenance_is_canonical_json() -> None:
+    specification = make_specification(ACTION, **KNOWN)
+    made = {"key": make_key(specification), "made_of": specification}
+    assert make_provenance(made["key"], make_canonical_json(specification)) == make_canonical_json(made)

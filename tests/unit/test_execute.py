@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import multiprocessing
 import os
 import shutil
@@ -19,9 +18,10 @@ import pytest
 
 from mlcbuild.errors import StepError, StoreError, WeightError
 from mlcbuild.graph import code
-from mlcbuild.graph.action import PRIVATE, Action, get_provenance_path
-from mlcbuild.graph.execute import execute, get_workspace, is_uptodate, remove_outputs, run_action
+from mlcbuild.graph.action import PRIVATE, Action
+from mlcbuild.graph.execute import execute, is_uptodate, remove_outputs, run_action
 from mlcbuild.graph.settings import settings
+from mlcbuild.graph.workspace import get_workspace
 
 BIG = 200_000
 
@@ -111,16 +111,17 @@ def list_left(root: Path) -> list[str]:
     """What lies about: artifacts and scratch."""
     found = [path for path in (root / "artifacts").rglob("*") if path.is_file()]
     names = [path.relative_to(root / "artifacts").as_posix() for path in found]
-    return sorted(name for name in names if not name.startswith((".graph/locks", ".graph/digests", ".graph/code.json")))
+    own = (".graph/lock", ".graph/digests", ".graph/results", ".graph/code.json")
+    return sorted(name for name in names if not name.startswith(own))
 
 
 def test_run_then_ok_then_hit(checkout: Path) -> None:
     assert run(checkout) == "run"
     assert (checkout / "artifacts/weights/tiny/copy.txt").read_text() == "source 4"
     assert run(checkout) == "ok"
-    assert is_uptodate(make_action(), str(checkout))
+    assert is_uptodate(make_action(), checkout)
     shutil.rmtree(checkout / "artifacts")
-    assert not is_uptodate(make_action(), str(checkout))
+    assert not is_uptodate(make_action(), checkout)
     assert run(checkout) == "hit"
     assert (checkout / "artifacts/weights/tiny/big.bin").stat().st_size == BIG
     assert get_runs(checkout) == 1
@@ -146,7 +147,7 @@ def test_what_changes_runs_and_what_comes_back_hits(checkout: Path) -> None:
 def test_code_and_tools_count(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     action = replace(make_action(), tools=("numpy", "no-such-tool"), environment=("FAKE_FLAG",))
     first = execute(action, checkout)
-    made_of = json.loads((checkout / get_provenance_path(action.task)).read_text())["made_of"]
+    made_of = get_workspace(checkout).results.get(action.task).made_of
     assert made_of["tools"]["no-such-tool"] == "absent"
     assert made_of["environment"] == {"FAKE_FLAG": None}
     assert set(made_of["code"]) == {"fakesteps.convert", "mlcbuild.errors"}
@@ -288,27 +289,27 @@ def test_a_damaged_blob_is_made_anew(checkout: Path, damage: bytes) -> None:
 def test_doit_gets_a_failure_without_traceback(checkout: Path) -> None:
     from doit.exceptions import TaskFailed
 
-    failed = run_action(make_action("fail"), str(checkout))
+    failed = run_action(make_action("fail"), checkout)
     assert isinstance(failed, TaskFailed)
     assert failed.message == "the shard is cut short\n  hint: download it again"
     with pytest.raises(ZeroDivisionError):
-        run_action(make_action("crash"), str(checkout))
-    assert run_action(make_action(), str(checkout))["status"] == "run"
+        run_action(make_action("crash"), checkout)
+    assert run_action(make_action(), checkout)["status"] == "run"
 
 
 def test_always_runs(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(checkout)
     monkeypatch.setattr(settings, "always", True)
-    assert not is_uptodate(make_action(), str(checkout))
+    assert not is_uptodate(make_action(), checkout)
     assert run(checkout) == "run"
     assert get_runs(checkout) == 2
 
 
 def test_clean_removes_outputs_but_not_the_store(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(checkout)
-    remove_outputs(make_action(), str(checkout), dryrun=True)
+    remove_outputs(make_action(), checkout, dryrun=True)
     assert get_note(checkout).exists()
-    remove_outputs(make_action(), str(checkout), dryrun=False)
+    remove_outputs(make_action(), checkout, dryrun=False)
     assert list_left(checkout) == []
     assert capsys.readouterr().out.splitlines()[-2:] == [
         "remove artifacts/weights/tiny",

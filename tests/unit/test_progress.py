@@ -37,7 +37,7 @@ def test_a_running_step_describes_itself(monkeypatch):
     assert running.describe(110.0) == "model-1.safetensors  2 GB of 8 GB  200 MB/s  0:30 left"
     running.hear("pass fuse", 0.5, None)
     assert running.describe(110.0) == "pass fuse  50%  0:10 left"
-    running.expected = 3700.0
+    running.expected = lambda: 3700.0
     assert running.describe(110.0) == "pass fuse  50%  1:01:30 left"
     assert [show_duration(seconds) for seconds in (0.4, 59.6, 3600)] == ["0:00", "1:00", "1:00:00"]
 
