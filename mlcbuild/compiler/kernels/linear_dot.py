@@ -122,7 +122,7 @@ class Tile:
         lanes = self.dot.lanes
         halves = self.load(block, group * 2 * ROWS + part * 2 * lanes, 2 * lanes)
         scales = tir.to_f32(T.reinterpret(f"float16x{lanes}", halves), lanes)
-        return tir.maximum(scales, f32(LEAST_SCALE, lanes), lanes)
+        return tir.maximum(scales, f32(LEAST_SCALE, lanes))
 
     def unpack(self, block: Expr, group: int, part: int) -> Planes:
         """Registers of codes as bytes, four inputs of the group a lane; eight registers are the 32 inputs in order."""

@@ -132,9 +132,9 @@ def fma(a: Expr, b: Expr, c: Expr, lanes: int = LANES) -> Expr:
     return call(f"float32x{lanes}", "fma", a, b, c)
 
 
-def maximum(a: Expr, b: Expr, lanes: int = LANES) -> Expr:
-    """Lane-wise maximum."""
-    return call(f"float32x{lanes}", "maxnum", a, b)
+def maximum(a: Expr, b: Expr) -> Expr:
+    """Lane-wise maximum; b where either is not a number."""
+    return T.max(a, b)
 
 
 def reduce_sum(v: Expr) -> Expr:
@@ -143,8 +143,14 @@ def reduce_sum(v: Expr) -> Expr:
 
 
 def reduce_max(v: Expr) -> Expr:
-    """Largest lane."""
-    return call("float32", "vector.reduce.fmax", v)
+    """Largest lane. As integers, which LLVM compares by halves; floats it would compare one by one."""
+
+    def swap(bits: Expr, ones: Expr, sign: Expr) -> Expr:
+        return bits ^ ((bits >> sign) & ones)  # negative floats have the order of their bits reversed
+
+    ordered = swap(T.reinterpret(I32, v), spread(T.int32(0x7FFFFFFF)), spread(T.int32(31)))
+    largest = T.bind(call("int32", "vector.reduce.smax", ordered))
+    return T.reinterpret("float32", swap(largest, T.int32(0x7FFFFFFF), T.int32(31)))
 
 
 def prefetch(address: Expr, *, write: bool = False) -> None:
@@ -154,7 +160,7 @@ def prefetch(address: Expr, *, write: bool = False) -> None:
 
 def exp2(x: Expr) -> Expr:
     """2^x per lane, |x| clamped to 126; relative error < 3e-7 (T.exp would become sixteen calls of expf)."""
-    x = T.bind(call(F32, "minnum", maximum(x, f32(-126)), f32(126)))
+    x = T.bind(T.min(maximum(x, f32(-126)), f32(126)))
     n = T.bind(call(F32, "nearbyint", x))
     r = T.bind(x - n)
     p = f32(1.5403530e-4)
