@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from fake_models import ROOT, load_fake
@@ -55,8 +55,11 @@ def wait_until(condition, timeout: float = 10.0) -> None:
         time.sleep(0.01)
 
 
-def start_process(*arguments: str, **options: object) -> subprocess.Popen[str]:
-    """Run run_fake.py, which is the product but for the model."""
+def start_process(
+    *arguments: str, variables: Mapping[str, str] | None = None, **options: object
+) -> subprocess.Popen[str]:
+    """Run run_fake.py, which is the product but for the model, with further variables in its environment."""
     command = [sys.executable, "-u", str(Path(__file__).with_name("run_fake.py")), *arguments]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MLCBUILD_")} | {"PYTHONPATH": str(ROOT)}
+    environment |= variables or {}
     return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **options)  # type: ignore[call-overload]
