@@ -6,7 +6,7 @@
     ./doit bench-serve dataset=sharegpt.json    ./doit bench-serve dataset=trace.jsonl
 
 It ends with a line of JSON, and with exit 1 when no request succeeded; the CSV has a line for each request.
-Nothing is built. Load only servers that are yours.
+Nothing is built. Load only servers that are yours. ci/bench_servers.py loads ours and llama.cpp's in turns.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ attention, weight repacking and the f16 cache are its defaults; `n_threads` is o
 from __future__ import annotations
 
 import ctypes
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,8 +96,8 @@ class LlamaCpp:
             raise RuntimeError(f"llama_decode of {sequences} x {tokens} tokens after {start}: status {status}")
 
 
-def write_model(config: Mapping[str, Any], path: Path) -> None:
-    """A GGUF file of the shape with random weights and no vocabulary."""
+def write_model(config: Mapping[str, Any], path: Path, package: Path | None = None) -> None:
+    """A GGUF file of the shape with random weights, and with the tokenizer of a `package` made of them, or none."""
     from gguf import GGMLQuantizationType, GGUFWriter
 
     family, hidden, heads = config["model_type"], config["hidden_size"], config["num_attention_heads"]
@@ -116,7 +117,10 @@ def write_model(config: Mapping[str, Any], path: Path) -> None:
     writer.add_rope_freq_base(float(config.get("rope_theta", 10000.0)))
     writer.add_layer_norm_rms_eps(float(config["rms_norm_eps"]))
     writer.add_vocab_size(vocab)
-    writer.add_tokenizer_model("none")
+    if package is None:
+        writer.add_tokenizer_model("none")
+    else:
+        add_tokenizer(writer, package)
 
     def matrix(name: str, rows: int, columns: int) -> None:
         blocks = np.empty((rows, columns // BLOCK, BLOCK_BYTES), np.uint8)
@@ -143,6 +147,24 @@ def write_model(config: Mapping[str, Any], path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def add_tokenizer(writer: Any, package: Path) -> None:
+    """The byte-level tokenizer and the chat template of mlcbuild/weights/random_model.py, as GGUF has them."""
+    from gguf import TokenType
+
+    tokenizer = json.loads((package / "tokenizer.json").read_text("utf-8"))
+    settings = json.loads((package / "tokenizer_config.json").read_text("utf-8"))
+    vocabulary, special = tokenizer["model"]["vocab"], {token["content"] for token in tokenizer["added_tokens"]}
+    names = sorted(vocabulary, key=vocabulary.__getitem__)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(names)
+    writer.add_token_types([TokenType.CONTROL if name in special else TokenType.NORMAL for name in names])
+    writer.add_token_merges(["Ġ Ġ"])  # llama.cpp wants one; this one makes no token
+    writer.add_eos_token_id(vocabulary[settings["eos_token"]])
+    writer.add_add_bos_token(False)
+    writer.add_chat_template(settings["chat_template"])
 
 
 def load_peer(config: Mapping[str, Any], folder: Path, threads: int) -> LlamaCpp:
