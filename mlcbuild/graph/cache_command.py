@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 from doit.cmd_base import Command
 from doit.exceptions import InvalidCommand
 
+from mlcbuild.graph.settings import end_with_reader
+
 if TYPE_CHECKING:
     from mlcbuild.graph.store import Store
 
@@ -53,6 +55,7 @@ class Cache(Command):
         },
     )
 
+    @end_with_reader
     def execute(self, params: Any, args: list[str]) -> int:
         """0, or 1 if verify found damage or the remote failed."""
         from doit import doit_cmd

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from doit.cmd_run import Run as DoitRun
 from doit.exceptions import InvalidCommand
 
-from mlcbuild.graph.settings import EXECUTORS, collect_rarely, go_offline, is_on, settings
+from mlcbuild.graph.settings import EXECUTORS, collect_rarely, end_with_reader, go_offline, is_on, settings
 from mlcbuild.graph.snapshot import get_snapshot_path, load_fresh_snapshot
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ class Run(DoitRun):
 
     cmd_options = (*DoitRun.cmd_options, OFFLINE)
 
+    @end_with_reader
     def execute(self, params: Any, args: list[str]) -> int:
         """Run tasks; doit's exit codes, or 130 when interrupted."""
         signal.signal(signal.SIGTERM, _raise_terminated)

@@ -1,5 +1,6 @@
-"""doit's commands `diff` and `matrix`.
+"""doit's commands `list`, `info`, `diff` and `matrix`.
 
+    doit list    doit info TASK      as doit has them, but for why a task is not up to date
     doit diff A B                    two packages: folders, manifest.json files, or variants built here
     doit matrix name=nightly format=github shards=16    the jobs of a CI service
 
@@ -13,8 +14,50 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from doit.cmd_base import Command
+from doit.cmd_base import Command, check_tasks_exist
+from doit.cmd_info import Info as DoitInfo
+from doit.cmd_list import List as DoitList
 from doit.exceptions import InvalidCommand
+
+from mlcbuild.graph.settings import end_with_reader
+
+
+class List(DoitList):
+    """doit's own list."""
+
+    @end_with_reader
+    def execute(self, params: Any, args: list[str]) -> int:
+        """0."""
+        return int(super().execute(params, args) or 0)
+
+
+class Info(DoitInfo):
+    """doit's own info, which says in the words of `doit explain` why a task is not up to date."""
+
+    @end_with_reader
+    def execute(self, params: Any, args: list[str]) -> int:
+        """0 for a task that is up to date, else 1."""
+        return int(super().execute(params, args) or 0)
+
+    def _execute(self, pos_args: list[str], hide_status: bool = False) -> Any:
+        check_tasks_exist({task.name for task in self.task_list}, pos_args)
+        return super()._execute(pos_args, hide_status)
+
+    @staticmethod
+    def get_reasons(reasons: dict[str, Any]) -> str:
+        """A line for each reason; doit itself has nothing but the name of the function that looked."""
+        from mlcbuild.graph.explain import explain_actions, format_forecasts, list_behind
+        from mlcbuild.graph.plan import get_plan
+
+        plan, looked = get_plan(), reasons.pop("uptodate_false", [])
+        reasons.pop("missing_target", None)
+        tasks = [getattr(args[0], "task", args[0]) for _, args, _ in looked if args]  # of is_uptodate, are_current
+        pending = [found for found in explain_actions(plan, list_behind(plan, tasks)) if found.status != "ok"]
+        lines = [f" * {line}" for line in format_forecasts(pending)[:-1]]
+        if looked and not lines:
+            lines.append(" * It runs whenever it is asked for.")
+        rest = DoitInfo.get_reasons(reasons)
+        return "\n".join([*lines, *([rest] if rest else [])])
 
 
 class Diff(Command):
@@ -27,6 +70,7 @@ class Diff(Command):
         "(tiny/q4f16_1/x86-64-v3). Exit code: 0 if they are the same, 1 if they differ, 3 if one cannot be read."
     )
 
+    @end_with_reader
     def execute(self, params: Any, args: list[str]) -> int:
         """0 for the same, 1 for different."""
         from mlcbuild.errors import MlcbuildError
@@ -58,6 +102,7 @@ class Matrix(Command):
     )
     cmd_options = ({"name": "help", "long": "help", "type": bool, "default": False, "help": "show this text"},)
 
+    @end_with_reader
     def execute(self, params: Any, args: list[str]) -> int:
         """0, with the jobs on stdout."""
         from doit import doit_cmd

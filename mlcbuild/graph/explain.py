@@ -53,9 +53,14 @@ class Forecast:
 def explain_plan(plan: Plan) -> list[Forecast]:
     """A forecast for each action that the selected variants need, in the order in which they would be executed."""
     collect_rarely(True)
+    return explain_actions(plan, list_needed(plan))
+
+
+def explain_actions(plan: Plan, actions: Sequence[Action]) -> list[Forecast]:
+    """A forecast for each of the actions, which come after those that make their inputs."""
     workspace = get_workspace(plan.root)
     forecasts: dict[str, Forecast] = {}
-    for action in list_needed(plan):
+    for action in actions:
         before = [forecasts[name] for name in action.after if name in forecasts]
         forecasts[action.task] = make_forecast(workspace, action, before)
     return list(forecasts.values())
@@ -64,6 +69,12 @@ def explain_plan(plan: Plan) -> list[Forecast]:
 def list_needed(plan: Plan, *, verified: bool = True) -> list[Action]:
     """The actions behind the selected variants, with or without their verification, each after those that make its
     inputs."""
+    steps = ("package", "verify") if verified else ("package",)  # one is verified where this machine can run it
+    return list_behind(plan, [f"{step}:{build.id}" for build in plan.selected for step in steps])
+
+
+def list_behind(plan: Plan, tasks: Sequence[str]) -> list[Action]:
+    """The actions among `tasks` and those that they come after, each after those that make its inputs."""
     needed: dict[str, Action] = {}
 
     def add(task: str) -> None:
@@ -73,10 +84,8 @@ def list_needed(plan: Plan, *, verified: bool = True) -> list[Action]:
                 add(name)
             needed[task] = action
 
-    for build in plan.selected:
-        add(f"package:{build.id}")
-        if verified:
-            add(f"verify:{build.id}")  # only where this machine can run it
+    for task in tasks:
+        add(task)
     return list(needed.values())
 
 

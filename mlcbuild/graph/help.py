@@ -10,11 +10,18 @@ from typing import Any
 
 from doit.cmd_help import Help as DoitHelp
 
+from mlcbuild.graph.settings import end_with_reader
+
 WIDTH = 118
 
 
 class Help(DoitHelp):
     """doit's own help, and below it what the file of the task says."""
+
+    @end_with_reader
+    def execute(self, params: Any, args: list[str]) -> int:
+        """0, or 3 for what is unknown."""
+        return int(super().execute(params, args) or 0)
 
     def _execute(self, pos_args: list[str]) -> bool:
         if not super()._execute(pos_args):

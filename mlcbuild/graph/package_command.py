@@ -15,6 +15,8 @@ from typing import Any
 from doit.cmd_base import Command
 from doit.exceptions import InvalidCommand
 
+from mlcbuild.graph.settings import end_with_reader
+
 VARIABLES = ("key", "smoke")
 
 
@@ -30,6 +32,7 @@ class VerifyPackage(Command):
         "Exit code: 0, 1 if something is wrong, 3 for a mistake on the command line."
     )
 
+    @end_with_reader
     def execute(self, params: Any, args: list[str]) -> int:
         """0 if all is well, 1 if not."""
         from doit import doit_cmd

@@ -387,6 +387,8 @@ def call(function: Callable[..., None], *args: Any) -> Any:
     settings.collect_rarely(False)
     try:
         function(*args)
+    except BrokenPipeError as error:
+        raise settings.ReaderLeft from error
     except Exception as error:
         if is_mendable(error):
             return TaskFailed(str(error))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 
 def ignore_report(*said: object) -> None:
@@ -48,6 +50,7 @@ SIGNATURE = "signature.json"  # beside the manifest: see package/signature.py
 # Command line variables of every command. They say where results come from, never what is built.
 VARIABLES = ("remote", "offline", "executor", "scheduler")
 EXECUTORS = ("local", "dask")
+READER_LEFT = 141  # exit code, as of a program that SIGPIPE has ended
 YES, NO = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 
 
@@ -65,6 +68,26 @@ def collect_rarely(rarely: bool) -> None:
         gc.set_threshold(RARE_COLLECTION)
     else:
         gc.set_threshold(*USUAL_COLLECTION)
+
+
+class ReaderLeft(BaseException):
+    """Nobody reads on what a task prints, as in `./doit explain | head -1`."""
+
+
+def end_with_reader(execute: Callable[..., int]) -> Callable[..., int]:
+    """The `execute` of a command that ends without a word when its reader has left, as other programs do."""
+
+    @functools.wraps(execute)
+    def execute_until_then(*args: Any) -> int:
+        try:
+            code = execute(*args)
+            sys.stdout.flush()
+        except (BrokenPipeError, ReaderLeft):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())  # for what Python flushes at its end
+            return READER_LEFT
+        return code
+
+    return execute_until_then
 
 
 def go_offline() -> None:
