@@ -46,8 +46,9 @@ def test_ratios_are_those_of_neighbours() -> None:
 
 def test_the_model_has_our_tokenizer(tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf")
-    config = {"model_type": "llama", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "rms_norm_eps": 1e-5}
-    config |= {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1, "max_position_embeddings": 64}
+    config = {"model_type": "llama", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64}
+    config |= {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
+    config |= {"max_position_embeddings": 64, "rms_norm_eps": 1e-5}
     write_random_model(config, tmp_path)
     write_model(config, tmp_path / "random.gguf", tmp_path)
     fields = gguf.GGUFReader(tmp_path / "random.gguf").fields
