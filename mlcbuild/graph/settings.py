@@ -50,6 +50,7 @@ SIGNATURE = "signature.json"  # beside the manifest: see package/signature.py
 # Command line variables of every command. They say where results come from, never what is built.
 VARIABLES = ("remote", "offline", "executor", "scheduler")
 EXECUTORS = ("local", "dask")
+STDOUT = 1
 READER_LEFT = 141  # exit code, as of a program that SIGPIPE has ended
 YES, NO = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 
@@ -83,7 +84,7 @@ def end_with_reader(execute: Callable[..., int]) -> Callable[..., int]:
             code = execute(*args)
             sys.stdout.flush()
         except (BrokenPipeError, ReaderLeft):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())  # for what Python flushes at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)  # for what Python flushes at its end
             return READER_LEFT
         return code
 
