@@ -53,7 +53,8 @@ class Linear(nn.Module):
     def __init__(self, out_features: int, in_features: int, where: CpuLowering, bias: bool) -> None:
         super().__init__()
         q, layout = where.q, where.layout
-        self.shape, self.q, self.layout, self.dot = (out_features, in_features), q, layout, where.dot
+        self.shape, self.q, self.layout = (out_features, in_features), q, layout
+        self.dot, self.at_once = where.dot, where.at_once
         self.packed = list(get_layout(layout).storage(q, self.shape))
         for suffix, spec in get_layout(layout).storage(q, self.shape).items():
             setattr(self, suffix, nn.Parameter(spec.shape, spec.dtype))
@@ -68,7 +69,7 @@ class Linear(nn.Module):
         has = {"bias": self.bias is not None, "residual": residual is not None}
         inputs = self._quantized(x) if self.layout == TILES else [x]
         if self.layout != TILES:
-            kernel = _kernel(linear_rows16.make_linear, rows, columns, self.q, **has)
+            kernel = _kernel(linear_rows16.make_linear, rows, columns, self.q, at_once=self.at_once, **has)
         elif self.dot is None:
             kernel = _kernel(linear_vnni.make_linear, rows, columns, bits=self.q.bits, **has)
         else:
@@ -254,10 +255,11 @@ class CpuLowering:
     """See lowering.Lowering. `dot`: how bytes are multiplied over the layout `int8-16x64`; None: by AVX-512 VNNI.
 
     `zero`: the code of weight 0, which activations rounded to int8 are corrected by; None: they stay as they are.
+    `at_once`: tiles of `rows16` that the processor's registers hold.
     """
 
-    def __init__(self, quantization: Quantization, layout: str, dot: linear_dot.Dot | None) -> None:
-        self.q, self.layout, self.dot = quantization, layout, dot
+    def __init__(self, quantization: Quantization, layout: str, dot: linear_dot.Dot | None, at_once: int) -> None:
+        self.q, self.layout, self.dot, self.at_once = quantization, layout, dot, at_once
         self.zero = get_zero(quantization.bits) if layout == TILES else None
 
     def linear(self, in_features: int, out_features: int, bias: bool = False) -> nn.Module:
@@ -316,4 +318,4 @@ def make_lowering(target: Target, quantization: Quantization, layout: str) -> Cp
             f"target {target.name} has no dot product of bytes for the weight layout {layout}",
             hint=f"recipes/targets/{target.name}.yaml: requires: avx512_vnni or {' or '.join(linear_dot.DOTS)}",
         )
-    return CpuLowering(quantization, layout, dot)
+    return CpuLowering(quantization, layout, dot, linear_rows16.count_tiles(target.requires))

@@ -109,12 +109,13 @@ def test_linear_vnni(rng, q, rows, width, bias, residual):
 
 @pytest.mark.parametrize("q", ALL, ids=lambda q: q.name)
 @pytest.mark.parametrize("residual", [False, True])
-def test_linear_rows16(rng, q, residual):
-    rows, width = 40, 96  # rows is no multiple of 16: the last tile is padded
+@pytest.mark.parametrize(("rows", "at_once"), [(40, 1), (40, 2), (56, 2)])
+def test_linear_rows16(rng, q, rows, at_once, residual):
+    width, padded = 96, -(-rows // 16) * 16
     packed, dense = make_weights(rng, q, "rows16", (rows, width))
-    kernel = build(linear_rows16.make_linear(rows, width, q, bias=False, residual=residual))
+    kernel = build(linear_rows16.make_linear(rows, width, q, at_once=at_once, bias=False, residual=residual))
     for n in ROWS:
-        x, y = rng.normal(size=(n, width)).astype(np.float32), rng.normal(size=(n, 48)).astype(np.float32)
+        x, y = rng.normal(size=(n, width)).astype(np.float32), rng.normal(size=(n, padded)).astype(np.float32)
         wanted = x @ dense.T + (y[:, :rows] if residual else 0)
         kernel(*packed, x, y)
         np.testing.assert_allclose(y[:, :rows], wanted, atol=2e-5, err_msg=f"{n} rows")
@@ -164,15 +165,16 @@ def test_linear_vnni_is_batch_invariant(rng, q):
     np.testing.assert_array_equal(results, np.broadcast_to(results[0], (len(ROWS), 96)))
 
 
-def test_linear_rows16_is_batch_invariant(rng):
-    packed, _ = make_weights(rng, Q4F32, "rows16", (48, 256))
-    kernel = build(linear_rows16.make_linear(48, 256, Q4F32, bias=False, residual=False))
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_linear_rows16_is_batch_invariant(rng, at_once):
+    packed, _ = make_weights(rng, Q4F32, "rows16", (64, 256))
+    kernel = build(linear_rows16.make_linear(64, 256, Q4F32, at_once=at_once, bias=False, residual=False))
     x, results = rng.normal(size=(131, 256)).astype(np.float32), []
     for n in ROWS:
-        y = np.zeros((n, 48), np.float32)
+        y = np.zeros((n, 64), np.float32)
         kernel(*packed, x[:n], y)
         results.append(y[0])
-    np.testing.assert_array_equal(results, np.broadcast_to(results[0], (len(ROWS), 48)))
+    np.testing.assert_array_equal(results, np.broadcast_to(results[0], (len(ROWS), 64)))
 
 
 @pytest.mark.parametrize("q", ALL, ids=lambda q: q.name)

@@ -1,15 +1,17 @@
 """Matmul with float32 activations over the portable weight layout `rows16`: exact, for any processor.
 
 A vector holds the same input of sixteen output rows, so a broadcast input times that vector needs no horizontal sum.
-Eight rows of x share each unpacked weight. Every row adds even and odd inputs apart and in the same order: its result
-is the same to the last bit, whatever else is in the batch.
+
+One row: a GEMV that streams each tile of 16 outputs once. More rows: weight-stationary; eight inputs of a tile or two
+are unpacked once into registers and meet all rows of a block, partial sums stay in an L1 scratch. Both add even and odd
+inputs apart and in the same order: a row's result is the same to the last bit, whatever else is in the batch.
 rows16_<method>.py knows how a quantization method is stored.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from tvm import tirx
@@ -17,9 +19,12 @@ from tvm.script.ir_builder import tirx as T
 
 from mlcbuild.compiler.kernels import tir
 from mlcbuild.compiler.kernels.benchmark import Benchmark, Setting, list_linears
-from mlcbuild.compiler.kernels.tir import Accumulator, Expr, fma, spread
+from mlcbuild.compiler.kernels.tir import Accumulator, Expr, f32, fma, put, spread, vec
 from mlcbuild.quantization.layouts.rows16 import accepts, storage
 from mlcbuild.recipes.schema import Quantization
+
+MAX_BLOCK = 64  # rows of a block
+AHEAD = 8192  # bytes of a tile asked for in advance
 
 
 def make_reader(tiles: int, in_features: int, q: Quantization) -> Any:
@@ -27,12 +32,23 @@ def make_reader(tiles: int, in_features: int, q: Quantization) -> Any:
     return importlib.import_module(f"mlcbuild.compiler.kernels.rows16_{q.method}").Reader(tiles, in_features, q)
 
 
-def make_linear(out_features: int, in_features: int, q: Quantization, *, bias: bool, residual: bool) -> tirx.PrimFunc:
+def count_tiles(features: Collection[str]) -> int:
+    """How many tiles a processor takes at once: eight inputs of two are sixteen registers of 512 bits.
+
+    One tile is all that fewer or narrower registers hold.
+    """
+    return 2 if "avx512f" in features else 1
+
+
+def make_linear(
+    out_features: int, in_features: int, q: Quantization, *, at_once: int, bias: bool, residual: bool
+) -> tirx.PrimFunc:
     """PrimFunc (weights..., x f32 [n, K], [bias f32 [N]], y f32 [n, N']) with N' = N rounded up to 16.
 
-    With `residual` y is added to in place, else it is written.
+    With `residual` y is added to in place, else it is written. `at_once`: see count_tiles.
     """
     tiles = -(-out_features // 16)
+    pair = at_once if tiles % at_once == 0 else 1
 
     def body() -> None:
         n = tir.size("n")
@@ -44,32 +60,59 @@ def make_linear(out_features: int, in_features: int, q: Quantization, *, bias: b
         store = tir.make_store(y, b, residual)
         with tir.root():
             tir.begin()
-            with T.parallel(tiles) as tile:
-                with T.serial(n // 8) as block:
-                    _rows(weights, x, tile, block * 8, 8, in_features, store)
-                with T.serial(n % 8 // 4) as block:
-                    _rows(weights, x, tile, n // 8 * 8 + block * 4, 4, in_features, store)
-                with T.serial(n % 4) as row:
-                    _rows(weights, x, tile, n // 4 * 4 + row, 1, in_features, store)
+            with T.parallel(tiles // pair) as t, T.If(n == 1):
+                with T.Then(), T.serial(pair) as r:
+                    _one_row(weights, x, t * pair + r, in_features, store)
+                with T.Else():
+                    _many_rows(weights, x, n, [t * pair + r for r in range(pair)], in_features, store)
 
     return tir.make_prim_func(body)
 
 
-def _rows(weights: Any, x: Expr, tile: Expr, first: Expr, count: int, k: int, store: Callable[..., None]) -> None:
-    sums = [[Accumulator(), Accumulator()] for _ in range(count)]
+def _one_row(weights: Any, x: Expr, tile: Expr, k: int, store: Callable[..., None]) -> None:
+    chains = [Accumulator(), Accumulator()]
     with T.serial(k // 8) as k8:
+        weights.prefetch(tile, k8 + AHEAD // weights.step)
         for i, w in enumerate(weights.eight(tile, k8)):
-            for m, chains in enumerate(sums):
-                chains[i % 2].set(fma(w, spread(x[first + m, k8 * 8 + i]), chains[i % 2].get()))
-    for m, (even, odd) in enumerate(sums):
-        store(first + m, tile, even.get() + odd.get())
+            chains[i % 2].set(fma(w, spread(x[0, k8 * 8 + i]), chains[i % 2].get()))
+    store(0, tile, chains[0].get() + chains[1].get())
+
+
+def _many_rows(weights: Any, x: Expr, n: Expr, tiles: list[Expr], k: int, store: Callable[..., None]) -> None:
+    chains = 2 * len(tiles)
+    sums = tir.scratch(MAX_BLOCK * chains * 16)
+    with T.serial((n + (MAX_BLOCK - 1)) // MAX_BLOCK) as block:
+        first = T.bind(block * MAX_BLOCK)
+        rows = T.bind(T.min(n - first, T.int64(MAX_BLOCK)))
+        with T.serial(rows * chains) as i:
+            put(sums, i * 16, f32(0))
+        with T.serial(k // 8) as k8:
+            eights = []
+            for tile in tiles:
+                weights.prefetch(tile, k8 + AHEAD // weights.step)
+                eights.append(weights.eight(tile, k8))
+            with T.serial(rows) as m:
+                at = [T.bind((m * chains + c) * 16) for c in range(chains)]
+                total = [vec(sums, a) for a in at]
+                for i in range(8):
+                    one = T.bind(spread(x[first + m, k8 * 8 + i]))
+                    for r, eight in enumerate(eights):
+                        c = r * 2 + i % 2
+                        total[c] = T.bind(fma(eight[i], one, total[c]))
+                for a, value in zip(at, total, strict=True):
+                    put(sums, a, value)
+        with T.serial(rows) as m:
+            for r, tile in enumerate(tiles):
+                at = (m * chains + r * 2) * 16
+                store(first + m, tile, vec(sums, at) + vec(sums, at + 16))
 
 
 def list_benchmarks(s: Setting) -> Iterator[Benchmark]:
     """Every matrix in the quantization at hand."""
 
     def make(width: int, inner: int, residual: bool) -> tirx.PrimFunc:
-        return make_linear(width, inner, s.quantization, bias=False, residual=residual)
+        at_once = count_tiles(s.requires)
+        return make_linear(width, inner, s.quantization, at_once=at_once, bias=False, residual=residual)
 
     if accepts(s.quantization):
         packed = len(storage(s.quantization, (16, s.hidden)))

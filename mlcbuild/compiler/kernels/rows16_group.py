@@ -18,6 +18,7 @@ class Reader:
 
     def __init__(self, tiles: int, in_features: int, q: Quantization) -> None:
         self.group, self.bits, self.zero = get_group_size(q), q.bits, get_zero(q.bits)
+        self.step = 16 * q.bits  # bytes of codes that `eight` reads
         self.words = tir.arg("words", (tiles, in_features * q.bits // 32, 16), "uint32")
         self.scales = tir.arg("scales", (tiles, in_features // self.group, 16), q.dtype)
 
@@ -29,6 +30,11 @@ class Reader:
         words = [T.bind(self.words[tile, k * count + i, T.ramp(0, 1, 16)]) for i in range(count)]
         codes = [(word >> spread(T.uint32(shift))) & mask for word in words for shift in range(0, 32, self.bits)]
         return [T.bind(fma(to_f32(T.cast(c, "int32x16")), scale, zero)) for c in codes]
+
+    def prefetch(self, tile: Expr, k: Expr) -> None:
+        """Ask for what `eight` reads, scales apart; k may lie beyond the end."""
+        for i in range(self.bits // 4):
+            tir.prefetch(T.address_of(self.words[tile, k * (self.bits // 4) + i, 0]))
 
     def element(self, tile: Expr, lane: Expr, k: Expr) -> Expr:
         """One weight."""
