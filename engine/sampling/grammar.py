@@ -21,6 +21,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -101,7 +102,10 @@ class Constraint:
 
 
 class GrammarCompiler:
-    """Compiles grammars for one tokenizer and keeps the latest. Callable from any thread."""
+    """Compiles grammars for one tokenizer and keeps the latest. Callable from any thread.
+
+    `pool`: a thread of its own for who must not wait, so that only those who want a grammar wait for each other.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._source = tokenizer
@@ -109,6 +113,7 @@ class GrammarCompiler:
         self._lock = threading.Lock()
         self._cache: OrderedDict[bytes, Grammar | str] = OrderedDict()
         self._watchers: list[Callable[[float, bool], None]] = []
+        self.pool = ThreadPoolExecutor(1, "grammars")
 
     def watch(self, watcher: Callable[[float, bool], None]) -> None:
         """From now on tell `watcher` of each compilation: its seconds, and whether it succeeded."""

@@ -9,8 +9,8 @@ from engine.server.settings import ServerSettings
 from engine.server.wishes import check_model_name as check_model_name
 
 
-def get_model(request: Request) -> LoadedModel:
-    """The model of this server; make_app has put it there."""
+async def get_model(request: Request) -> LoadedModel:
+    """The model of this server; make_app has put it there. FastAPI would take a thread for what is not `async`."""
     model: LoadedModel = request.app.state.model
     return model
 

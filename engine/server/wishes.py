@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,7 @@ from engine.model import LoadedModel
 from engine.sampling.grammar import add_alternative
 from engine.server.protocol.chat import ChatRequest
 from engine.server.protocol.responses import ResponsesRequest
-from engine.server.protocol.structured import make_output_grammar
+from engine.server.protocol.structured import StructuredFields, make_output_grammar
 from engine.server.protocol.tools import ToolChoice, make_signature, make_tool_choice, make_tools_grammar
 from engine.text.reading import Reading
 from engine.text.reasoning import add_thinking, find_thinking
@@ -22,6 +23,8 @@ SAME = (  # fields of the body that are fields of SamplingParams
     *("temperature", "top_p", "top_k", "min_p", "typical_p", "logit_bias", "seed", "max_tokens", "ignore_eos"),
     *("prompt_logprobs", "repetition_penalty", "presence_penalty", "frequency_penalty"),
 )
+
+STRUCTURED = tuple(StructuredFields.__annotations__)  # fields of the body, each of which asks for a grammar
 
 
 def check_model_name(name: str, model: LoadedModel) -> None:
@@ -84,6 +87,14 @@ def make_params(body: ChatRequest, model: LoadedModel, prompt: Sequence[int] = (
         text, param = wanted
         given["grammar"] = model.engine.grammars.compile(text, param=param)
     return replace(model.defaults, **given)
+
+
+async def prepare_params(body: ChatRequest, model: LoadedModel, prompt: Sequence[int] = ()) -> SamplingParams:
+    """As make_params, for an event loop: what wants a grammar waits for the others that do, and nobody else for it."""
+    if not (body.tools or any(getattr(body, name) not in (None, "", {}) for name in STRUCTURED)):
+        return make_params(body, model, prompt)
+    loop, pool = asyncio.get_running_loop(), model.engine.grammars.pool
+    return await loop.run_in_executor(pool, make_params, body, model, prompt)
 
 
 def get_schedule(body: ChatRequest) -> dict[str, Any]:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import jsonschema
 import openai
 import pydantic
 import pytest
+from running import Running
 
 PATH = "/v1/chat/completions"
 CITY = {
@@ -144,3 +149,25 @@ def test_a_grammar_that_cannot_be_followed_is_the_clients_error(http: httpx.Clie
     streamed = http.post(PATH, json={**body, **fields, "stream": True})
     assert '"code":"grammar_too_complex"' in streamed.text
     assert streamed.text.endswith("data: [DONE]\n\n")
+
+
+def test_who_wants_no_grammar_waits_for_none(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More clients than threads wait for a grammar that takes its time; a plain request does not."""
+    compiled, compiler = threading.Event(), server.model.engine.grammars
+    compile_now = compiler._compile
+    monkeypatch.setattr(compiler, "_compile", lambda text: compiled.wait(30) and compile_now(text))
+
+    def send(**fields: object) -> int:
+        body = {"model": "fake", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 9, **fields}
+        return httpx.post(server.url + PATH, json=body, timeout=30).status_code
+
+    count = 2 * (min(32, (os.cpu_count() or 1) + 4))
+    with ThreadPoolExecutor(count) as pool:
+        constrained = [pool.submit(send, guided_choice=[f"yes {i}"]) for i in range(count)]
+        try:
+            time.sleep(0.5)  # they are all there
+            assert send() == 200
+            assert not any(sent.done() for sent in constrained)
+        finally:
+            compiled.set()
+        assert {sent.result() for sent in constrained} == {200}

@@ -20,7 +20,7 @@ from engine.server.protocol.chat import ChatCompletion, ChatRequest
 from engine.server.protocol.errors import ErrorBody
 from engine.server.sse import EventStream, stream_events
 from engine.server.state import check_model_name, get_model, get_settings
-from engine.server.wishes import check_supported, get_schedule, make_params, make_prompt, make_reading
+from engine.server.wishes import check_supported, get_schedule, make_prompt, make_reading, prepare_params
 
 router = APIRouter()
 T = TypeVar("T")
@@ -38,7 +38,7 @@ async def create_chat_completion(
     check_prompt_length(sum(len(m.content or "") for m in body.messages), get_settings(request).max_prompt_chars)
     # Rendering and tokenizing a long conversation takes a while: not on the event loop.
     tokens = await asyncio.to_thread(make_prompt, body, model)
-    params = await asyncio.to_thread(make_params, body, model, tokens)
+    params = await prepare_params(body, model, tokens)
     name, created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
     stream = partial(model.engine.stream, tokens, **get_schedule(body))
     choices = start_choices(stream, params, body.n or 1, name)

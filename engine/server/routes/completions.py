@@ -33,7 +33,7 @@ from engine.server.routes.chat import ANSWERS, CLIENT_LEFT, run_while_connected
 from engine.server.sse import DONE, LINE_ENDS, EventStream
 from engine.server.state import check_model_name, get_model, get_settings
 from engine.server.text_logprobs import LogprobWriter
-from engine.server.wishes import check_supported, get_schedule, make_params
+from engine.server.wishes import check_supported, get_schedule, prepare_params
 
 router = APIRouter()
 
@@ -63,7 +63,7 @@ async def create_completion(
     prompts = check_prompts(body, get_settings(request).max_prompt_chars)
     tokens, echoes = await asyncio.to_thread(make_prompts, prompts, body, model)
     head = Head(f"cmpl-{uuid.uuid4().hex}", int(time.time()), model.name, echoes)
-    params = await asyncio.to_thread(make_params, body, model)
+    params = await prepare_params(body, model)
     if params.max_tokens is None:
         params = replace(params, max_tokens=DEFAULT_MAX_TOKENS)
     params = replace(params, logprobs=body.logprobs)

@@ -36,7 +36,7 @@ from engine.server.routes.completions import collect_all
 from engine.server.sse import EventStream
 from engine.server.state import check_model_name, get_model, get_settings
 from engine.server.translate import check_chat, make_named_event
-from engine.server.wishes import check_supported, get_schedule, make_params, make_prompt, make_reading
+from engine.server.wishes import check_supported, get_schedule, make_prompt, make_reading, prepare_params
 from engine.text.call_format import Piece
 from engine.text.reading import ReplyReader
 
@@ -49,7 +49,7 @@ async def create_message(body: MessagesRequest, request: Request, model: Model) 
     """Continue a conversation."""
     chat = await check(body, request, model)
     tokens = await asyncio.to_thread(make_prompt, chat, model)
-    params = await asyncio.to_thread(make_params, chat, model, tokens)
+    params = await prepare_params(chat, model, tokens)
     name = f"msg_{uuid.uuid4().hex}"
     reader = ReplyReader(make_reading(chat, model, tokens))
     reply = model.engine.stream(tokens, params, request_id=name, **get_schedule(chat))

@@ -25,7 +25,7 @@ from engine.server.routes.completions import collect_all
 from engine.server.sse import EventStream
 from engine.server.state import check_model_name, get_model, get_settings
 from engine.server.translate import check_chat, make_named_event
-from engine.server.wishes import check_supported, get_schedule, make_params, make_prompt, make_reading
+from engine.server.wishes import check_supported, get_schedule, make_prompt, make_reading, prepare_params
 from engine.text.reading import ReplyReader
 
 router = APIRouter()
@@ -38,7 +38,7 @@ async def create_response(
     """Continue a conversation that the client has in whole."""
     chat = check(body, request, model)
     tokens = await asyncio.to_thread(make_prompt, chat, model)
-    params = await asyncio.to_thread(make_params, chat, model, tokens)
+    params = await prepare_params(chat, model, tokens)
     response = make_response(f"resp_{uuid.uuid4().hex}", int(time.time()), model.name, body)
     response |= {"temperature": params.temperature, "top_p": params.top_p}
     reader = ReplyReader(make_reading(chat, model, tokens))
