@@ -3,7 +3,8 @@
     ./doit cache-server port=9090 cache_size=200
 
 It listens on this machine only, unless cache_host says otherwise; then MLCBUILD_REMOTE_TOKEN should be set, here and
-for the builds, since whoever can write to a cache decides what others restore.
+for the builds, since whoever can write to a cache decides what others restore. bazel-remote and nginx (ci/nginx.conf)
+can be in its place; they take MLCBUILD_REMOTE_USER and MLCBUILD_REMOTE_PASSWORD.
 """
 
 from __future__ import annotations

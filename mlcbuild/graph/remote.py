@@ -5,7 +5,8 @@ and any other server of Bazel's HTTP protocol can hold it; beside the outputs it
 action, as one more file in `cas/`. What comes back is believed only as far as it can be checked: a blob by its SHA-256,
 a record by the specification in it, whose SHA-256 is the key, and its paths by staying inside their output.
 
-The first failure that retries do not mend is said once, and ends the use of the remote for the rest of the build.
+The first failure that retries do not mend is said once, and ends the use of the remote for the rest of the build. A
+blob that is not what its name says counts as a miss, and is written anew when the step has run.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ RECORD = ".mlcbuild/record.json"
 MOST_BYTES = 64 << 20  # of an action result or a record
 ATTEMPTS = 3
 BACKOFF = 0.5  # seconds before the second attempt, doubled each time
-SILENT, DOWN, UNWRITABLE = 0, 1, 2
+# The worst that has happened so far, and what then follows.
+SILENT, DAMAGED, UNWRITABLE, DOWN = 0, 1, 2, 3
+THEN = {DAMAGED: "it is made anew", UNWRITABLE: "nothing more is written to it", DOWN: "going on without it"}
 
 T = TypeVar("T")
 
@@ -61,8 +64,8 @@ class Remote:
         self._transport = transport
         self._label = label
         self.readonly = readonly
-        # What failed before, as one byte that forked workers share with us.
-        self._state = mmap.mmap(-1, 1)
+        self._state = mmap.mmap(-1, 1)  # one byte, which forked workers share with us
+        self._damaged: set[str] = set()  # blobs that this process has found to be so
 
     @property
     def has_failed(self) -> bool:
@@ -97,7 +100,7 @@ class Remote:
 
     def push(self, record: Record, store: Store, report: Report) -> None:
         """Give the remote a record that `store` has: first its blobs, then the action result that speaks of them."""
-        if self.readonly or self._state[0] != SILENT:
+        if self.readonly or self._state[0] > DAMAGED:
             return
         data = make_canonical_json({"schema": SCHEMA, **asdict(record)}).encode()
         itself = Blob(RECORD, len(data), hashlib.sha256(data).hexdigest())
@@ -121,7 +124,7 @@ class Remote:
         if data is None:
             return None
         if hashlib.sha256(data).hexdigest() != digest:
-            raise RemoteError(f"cas/{digest} is damaged")
+            raise RemoteError(f"cas/{digest} is damaged", damaged=True)
         return check_record(data, key)
 
     def _load_bytes(self, name: str) -> bytes | None:
@@ -152,14 +155,15 @@ class Remote:
 
                 found = self._transport.load(f"cas/{blob.sha256}", write, blob.size)
             if found and digest.hexdigest() != blob.sha256:
-                raise RemoteError(f"cas/{blob.sha256} is damaged")
+                self._damaged.add(blob.sha256)
+                raise RemoteError(f"cas/{blob.sha256} is damaged", damaged=True)
             if found:
                 store.adopt(scratch, blob.sha256)
         return found
 
     def _save_blob(self, blob: Blob, store: Store) -> None:
         name = f"cas/{blob.sha256}"
-        if not self._try(lambda: self._transport.has(name, blob.size)):
+        if blob.sha256 in self._damaged or not self._try(lambda: self._transport.has(name, blob.size)):
             self._try(lambda: self._transport.save(name, store.get_blob_path(blob.sha256)))
 
     def _try(self, call: Callable[[], T]) -> T:
@@ -174,13 +178,13 @@ class Remote:
         return call()
 
     def _give_up(self, error: RemoteError, *, writing: bool = False) -> None:
-        """Say what failed, unless it was said, and stop using the remote: for writing only, if only that is refused."""
-        state = UNWRITABLE if writing and error.refused else DOWN
+        """Say what failed, unless something was said, and stop using the remote: for writing only, if only that is
+        refused, and not at all for a damaged blob."""
+        state = UNWRITABLE if writing and error.refused else DAMAGED if error.damaged else DOWN
         silent = self._state[0] == SILENT
-        self._state[0] = state
+        self._state[0] = max(state, self._state[0])
         if silent:
-            then = "nothing more is written to it" if state == UNWRITABLE else "going on without it"
-            settings.warn(f"remote cache {self._label}: {error}; {then}")
+            settings.warn(f"remote cache {self._label}: {error}; {THEN[state]}")
 
 
 def list_blobs(record: Record) -> list[Blob]:

@@ -34,12 +34,14 @@ Write = Callable[[bytes], object]
 
 
 class RemoteError(Exception):
-    """A remote did not do what was asked. `again`: trying once more may help. `refused`: it says that we may not."""
+    """A remote did not do what was asked. `again`: trying once more may help. `refused`: it says that we may not.
+    `damaged`: what it holds under a name is something else."""
 
-    def __init__(self, message: str, *, again: bool = False, refused: bool = False) -> None:
+    def __init__(self, message: str, *, again: bool = False, refused: bool = False, damaged: bool = False) -> None:
         super().__init__(message)
         self.again = again
         self.refused = refused
+        self.damaged = damaged
 
 
 class DiskError(Exception):
