@@ -29,7 +29,9 @@ class OpenVino:
 
         self._api = openvino
         self._vocab = config["vocab_size"]
-        model = _Builder(config).build()
+        builder = _Builder(config)
+        model = builder.build()
+        self._codes = builder.codes
         hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
         self._request = openvino.Core().compile_model(model, "CPU", hints).create_infer_request()
         self._held = (0, 0)  # sequences, and tokens of each in the cache
@@ -56,8 +58,9 @@ class OpenVino:
         self._held = case.sequences, start + case.tokens
 
     def close(self) -> None:
-        """Drop the request, and the model with it."""
+        """Drop the request, the model with it, and its weights."""
         self._request = None
+        self._codes = []
 
     def _infer(self, sequences: int, tokens: int, start: int) -> None:
         positions = np.arange(start, start + tokens)
@@ -84,6 +87,7 @@ class _Builder:
         self.heads = config["num_attention_heads"]
         self.kv_heads = config.get("num_key_value_heads") or self.heads
         self.d = config.get("head_dim") or config["hidden_size"] // self.heads
+        self.codes: list[Any] = []  # OpenVINO reads them where they are, and does not keep them
         self.sinks: list[Any] = []
         self.variables: list[Any] = []
 
@@ -111,6 +115,7 @@ class _Builder:
     def weight(self, rows: int, columns: int) -> Any:
         """int4 codes and float16 scales, converted as nncf writes it."""
         codes = self.rng.integers(0, 256, rows * columns // 2, np.uint8)
+        self.codes.append(codes)
         shape = self.ov.Shape([rows, columns // GROUP, GROUP])
         packed = self.ops.constant(self.ov.Tensor(codes, shape, self.ov.Type.i4))
         scales = self.const(np.full((rows, columns // GROUP, 1), 0.003), np.float16)
