@@ -27,6 +27,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from engine.machine import count_cores
+
 if TYPE_CHECKING:
     from mlcbuild.compiler.kernels.benchmark import Benchmark
     from mlcbuild.recipes.schema import Target
@@ -215,7 +217,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--target", default="cpu", help="recipe; one that this machine can run")
     parser.add_argument("--rows", default="1,4,16,64,512", help="rows, or sequences, of a call")
     parser.add_argument("--context", type=int, default=2000, help="earlier tokens of a sequence")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=count_cores())
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write the figures there too")
     return parser.parse_args()

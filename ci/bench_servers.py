@@ -35,7 +35,7 @@ from engine.bench.datasets import Prompt
 from engine.bench.load import Endpoint, find_model, read_model_seconds, run_load
 from engine.bench.load_report import Slo, compute_percentile, get_gaps, get_ttft, make_report
 from engine.bench.peers.llama_cpp import write_model
-from engine.runtime.tvm_executor import count_cores
+from engine.machine import count_cores
 from engine.text.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]

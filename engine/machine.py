@@ -2,10 +2,43 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 from importlib import metadata
 from pathlib import Path
+
+CPUS = Path("/sys/devices/system/cpu")
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def count_cores() -> int:
+    """Cores that this process may use: those of its affinity, hardware threads of one core counted once, and no more
+    than its control group has time for."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    cores = {_read(CPUS / f"cpu{cpu}/topology/core_cpus_list") or str(cpu) for cpu in os.sched_getaffinity(0)}
+    quota = _get_quota()
+    return len(cores) if quota is None else max(1, min(len(cores), int(quota)))
+
+
+def _get_quota() -> float | None:
+    """CPU seconds per second that the control group (version 2, else 1) allows; None where it sets no limit."""
+    limits = (_read(CGROUP / "cpu.max") or "").split()
+    if not limits:
+        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+        limits = [text for name in names if (text := _read(CGROUP / "cpu" / name)) is not None]
+    if len(limits) < 2 or limits[0] in ("max", "-1"):
+        return None
+    return int(limits[0]) / int(limits[1])
+
+
+def _read(path: Path) -> str | None:
+    """The text of a small file; None where it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
 
 
 def get_cpu_features() -> frozenset[str] | None:

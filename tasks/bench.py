@@ -85,7 +85,7 @@ def load_peers(names: str, config: Mapping[str, Any], stack: ExitStack) -> dict[
     from tempfile import TemporaryDirectory
 
     from engine.bench.peers import load_peer
-    from engine.runtime.tvm_executor import count_cores
+    from engine.machine import count_cores
 
     peers: dict[str, Peer] = {}
     for name in filter(None, names.split(",")):
@@ -101,8 +101,9 @@ def make_roofline(executor: TvmExecutor, package: Package) -> Roofline:
     import tvm
 
     from engine.bench.speed import Roofline
+    from engine.machine import count_cores
     from engine.runtime.memory import get_token_bytes
-    from engine.runtime.tvm_executor import count_cores, make_aligned
+    from engine.runtime.tvm_executor import make_aligned
     from mlcbuild.compiler.build import make_tvm_target
     from mlcbuild.compiler.kernels.peak import OPERATIONS, make_peak
     from mlcbuild.compiler.kernels.read import make_read

@@ -21,11 +21,13 @@ from numpy.typing import NDArray
 from engine.artifact import Library, Package, load_weights_index, rebuild_command
 from engine.core import Batch, Limits
 from engine.errors import PackageInvalid
+from engine.machine import count_cores
 from engine.runtime.memory import Budget, get_free_memory, make_library_limits, make_limits
 
 HIDDEN = "batch_prefill_to_last_hidden_states"  # what packages that were made before it lack
 HUGE_PAGE = 1 << 21
 ALIGNMENT = 64
+SPINS = 2000  # times that a worker without work yields before it sleeps: 1 ms, where TVM would burn 0.1 s
 
 
 class TvmExecutor:
@@ -45,7 +47,9 @@ class TvmExecutor:
         limits: Limits | None = None,
         draft: Package | None = None,
     ) -> None:
-        os.environ.setdefault("TVM_NUM_THREADS", str(count_cores()))  # read once; TVM alone would take half
+        os.environ.setdefault("TVM_NUM_THREADS", str(count_cores()))  # all read once; TVM alone would take half
+        os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", str(SPINS))
+        os.environ.setdefault("TVM_BIND_THREADS", "0")  # bound, they leave this process's affinity, and wait for a core
         from engine.runtime.tvm_runtime import get_wrap, load_library
 
         library = package.manifest.library
@@ -184,11 +188,6 @@ class _Inputs:
         view = held[: values.size].reshape(values.shape)
         view[...] = values
         return self._wrap(view)
-
-
-def count_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
 def make_aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:

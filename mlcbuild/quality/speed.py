@@ -36,8 +36,9 @@ def measure_package_speed(executor: Executor, report: Report) -> dict[str, Any]:
 
 def describe_machine() -> dict[str, Any]:
     """The processor's name and the threads that TVM may use; nothing that tells one machine of a kind from another."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return {"cpu": find_cpu_name(), "threads": int(os.environ.get("TVM_NUM_THREADS", cores))}
+    from engine.machine import count_cores
+
+    return {"cpu": find_cpu_name(), "threads": int(os.environ.get("TVM_NUM_THREADS", count_cores()))}
 
 
 def find_cpu_name() -> str:
