@@ -34,10 +34,10 @@ def draft_package() -> Path:
     return build_package("tiny-draft")
 
 
-def build_package(model: str) -> Path:
+def build_package(model: str, quantization: str = "q4f16_1") -> Path:
     """The package of an embedded model in this checkout, built first where it is not."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MLCBUILD_")}
-    variables = {"model": model, "quantization": "q4f16_1", "target": "cpu"}
+    variables = {"model": model, "quantization": quantization, "target": "cpu"}
     command = [sys.executable, "-m", "doit", "build", *(f"{name}={value}" for name, value in variables.items())]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

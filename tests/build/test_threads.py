@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from real_project import copy_project, doit
 
+QUANTIZATIONS = ["q4f16_1", "q4f32_1", "q8f16_1", "q0f16"]
 PROGRAM = """
 import hashlib, sys
 import numpy as np
@@ -36,7 +37,7 @@ print(digest.hexdigest())
 def project(tmp_path_factory):
     project = copy_project(tmp_path_factory.mktemp("project"))
     store = tmp_path_factory.mktemp("store")
-    done = doit(project, store, "build", "quantization=q4f16_1,q4f32_1", "target=cpu")
+    done = doit(project, store, "build", f"quantization={','.join(QUANTIZATIONS)}", "target=cpu")
     assert done.returncode == 0, done.stdout + done.stderr
     return project
 
@@ -47,7 +48,7 @@ def run(project: Path, package: Path, threads: int, cuts: str) -> str:
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
 
 
-@pytest.mark.parametrize("quantization", ["q4f16_1", "q4f32_1"])
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
 def test_threads_and_batches_change_nothing(project, quantization):
     (package,) = (project / "artifacts" / "packages").glob(f"tiny-{quantization}-*")
     one_by_one = ",".join(str(i) for i in range(1, 150))
