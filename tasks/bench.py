@@ -25,6 +25,7 @@ VARIABLES = {
     "rounds": "rounds of every case, 5",
     "peer": "programs to compare with, installed when needed: llama.cpp,openvino",
     "plot": "write a roofline plot, .svg or .png",
+    "rows": "time steps of 1 to so many sequences, and mixed batches, instead of all else",
 }
 
 
@@ -36,7 +37,7 @@ def task_bench() -> dict[str, Any]:
 def run_bench(package: Path, variables: Mapping[str, str]) -> None:
     """Print the figures of one package and write artifacts/reports/bench-<package>.json."""
     from engine.artifact import open_package
-    from engine.bench.cases import make_cases
+    from engine.bench.cases import Case, make_batches, make_cases
     from engine.bench.overhead import measure_overhead
     from engine.bench.plot import check_plot
     from engine.bench.roofline import write_roofline
@@ -46,9 +47,10 @@ def run_bench(package: Path, variables: Mapping[str, str]) -> None:
     from engine.text.tokenizer import load_tokenizer
     from mlcbuild.quality.speed import describe_machine
 
-    rounds = variables.get("rounds", "5")
-    if not rounds.isdigit() or int(rounds) < 1:
-        raise MlcbuildError(f"rounds={rounds} is not a positive number", hint="doit bench rounds=5")
+    rounds = get_count(variables, "rounds", 5)
+    if "rows" in variables:
+        print_curve(package, get_count(variables, "rows", 32), rounds)
+        return
     plot = Path(variables["plot"]) if "plot" in variables else None
     if plot is not None:
         check_plot(plot)
@@ -60,24 +62,50 @@ def run_bench(package: Path, variables: Mapping[str, str]) -> None:
         stack.callback(executor.close)
         roofline = make_roofline(executor, opened)
         report = stack.enter_context(show_progress())
-        speed = measure_speed(executor, int(rounds), roofline, report, peers)
+        speed = measure_speed(executor, rounds, roofline, report, peers)
         overheads = measure_overhead(executor, load_tokenizer(package), report)
         report("start")
         start = measure_start(package)
-    record: dict[str, Any] = {"variant": opened.manifest.variant, "rounds": int(rounds), "machine": describe_machine()}
+        kernels = executor.count_kernels(make_batches(Case("", 1, 1, 0), executor.limits)[0])
+    record: dict[str, Any] = {"variant": opened.manifest.variant, "rounds": rounds, "machine": describe_machine()}
     record |= {"read_gb_per_s": (speed.read_rate or 0) / 1e9, "peak_gops": (speed.compute_rate or 0) / 1e9}
     record |= {"weight_bytes": roofline.weight_bytes, "peers": {name: peer.version for name, peer in peers.items()}}
     record |= {"figures": to_record(speed.figures), "overheads": [asdict(o) for o in overheads], "start": asdict(start)}
+    record |= {"kernels": kernels}
     path = package.parents[1] / "reports" / f"bench-{package.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print_figures(record, speed)
     print_overheads(overheads, start)
+    print(f"{sum(kernels.values())} kernels make a token: {', '.join(f'{n} {name}' for name, n in kernels.items())}")
     print(f"written to {path.relative_to(package.parents[2])}")
     if plot is not None:
         cases = make_cases(executor.limits)
         write_roofline(plot, make_title(record), speed, roofline, recipes["model"]["config"], cases)
         print(f"plotted in {plot}")
+
+
+def get_count(variables: Mapping[str, str], name: str, default: int) -> int:
+    """A positive number. MlcbuildError for anything else."""
+    value = variables.get(name, str(default))
+    if not value.isdigit() or int(value) < 1:
+        raise MlcbuildError(f"{name}={value} is not a positive number", hint=f"doit bench {name}={default}")
+    return int(value)
+
+
+def print_curve(package: Path, most: int, rounds: int) -> None:
+    """Milliseconds of each step, and how they compare with their neighbours'."""
+    from engine.artifact import open_package
+    from engine.bench.curve import measure_curve
+    from engine.runtime.tvm_executor import TvmExecutor
+
+    executor = TvmExecutor(open_package(package))
+    with show_progress() as report:
+        points = measure_curve(executor, most, rounds, report)
+    executor.close()
+    print(f"{'batch':28}{'ms':>9}{'ms/row':>9}{'beside neighbours':>20}")
+    for p in points:
+        print(f"{p.name:28}{p.milliseconds:9.2f}{p.milliseconds / p.rows:9.3f}{p.beside:20.2f}")
 
 
 def load_peers(names: str, config: Mapping[str, Any], stack: ExitStack) -> dict[str, Peer]:

@@ -10,6 +10,7 @@ import json
 import math
 import mmap
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -128,6 +129,19 @@ class TvmExecutor:
     def get_weight_bytes(self) -> list[NDArray[np.uint8]]:
         """Every weight as flat bytes, for benchmarks that read them."""
         return [a.reshape(-1).view(np.uint8) for a in self._weights.values()]
+
+    def count_kernels(self, batch: Batch) -> dict[str, int]:
+        """How often a run of the batch calls each kernel, most often first. Every later run is slower."""
+        counts: Counter[str] = Counter()
+
+        def note(_function: Any, name: str, before: bool, *_others: Any) -> int:
+            if before and not name.startswith(("vm.builtin.", "shape_func")):
+                counts[name] += 1
+            return 0
+
+        self._machine["set_instrument"](note)
+        self.run(batch)
+        return dict(counts.most_common())
 
     def close(self) -> None:
         """Release the weights and pages; the executor cannot be used afterwards."""

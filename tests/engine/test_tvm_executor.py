@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,9 @@ import pytest
 from small_engines import LIMITS, TOKENIZER
 
 from engine.artifact import open_package
+from engine.bench import curve
 from engine.bench.cases import Case, make_batches
+from engine.bench.curve import make_mixed, measure_curve
 from engine.bench.overhead import STEPS, measure_overhead
 from engine.bench.start import measure_start
 from engine.runtime.fake import FakeExecutor
@@ -86,3 +89,28 @@ def test_a_start_is_measured(tiny_package: Path) -> None:
     assert start.seconds > 0
     assert start.peak_bytes > start.weight_bytes > 0
     assert start.kv_bytes > 0
+
+
+def test_steps_of_every_size_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(curve, "CONTEXT", 0)  # the fake refuses to read what was never written
+    points = measure_curve(FakeExecutor(LIMITS), 40, 2)
+    assert [p.name for p in points if p.name.endswith("sequences")] == [f"{n} sequences" for n in (1, 2, 3, 4)]
+    assert [p.beside for p in points if p.rows in (1, 2, 4)] == [1, 1, 1]
+    assert all(p.milliseconds > 0 for p in points)
+
+
+def test_mixed_batches_keep_the_rules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fake executor refuses a batch that breaks them."""
+    monkeypatch.setattr(curve, "CONTEXT", 0)
+    executor = FakeExecutor(replace(LIMITS, prefill_chunk=64, num_pages=64))
+    assert executor.run(make_mixed(3, 40, executor.limits)).shape == (4, LIMITS.vocab_size)
+
+
+def test_kernels_of_a_call_are_counted(tiny_package: Path) -> None:
+    executor = TvmExecutor(open_package(tiny_package))
+    counts = executor.count_kernels(make_batches(Case("", 1, 1, 0), executor.limits)[0])
+    layers = open_package(tiny_package).manifest.library.kv.layers
+    assert counts["embedding"] == 1
+    assert counts["rope_append"] == layers
+    assert list(counts.values()) == sorted(counts.values(), reverse=True)
+    executor.close()
