@@ -57,7 +57,7 @@ class SamplingParams:
     logprobs          report the log probability of each token, and of so many of the likeliest; None = do not
     prompt_logprobs   the same for the tokens of the prompt, which then all run, whatever the prefix cache has
     seed              same seed, package and request = same tokens, whatever else is running; None = from the system
-    max_tokens        end with "length" after so many tokens; None = what the context still holds
+    max_tokens        end with "length" after so many tokens; 0 = the prompt only, None = what the context still holds
     stop              end with "stop" before any of these strings appears in the text
     stop_token_ids    end with "stop" at these tokens, besides those of the model
     ignore_eos        go on after the model's own end tokens

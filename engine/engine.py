@@ -248,7 +248,10 @@ class Engine:
             if not chunk.samples:
                 continue
             last = first + 1 + len(chunk.guesses)
-            output = self._accept(progress, self._sample(progress, logits[first]), now)
+            if progress.wants_tokens:
+                output = self._accept(progress, self._sample(progress, logits[first]), now)
+            else:
+                output = progress.finish_prompt()
             if chunk.guesses:
                 output = self._check_guesses(progress, chunk, logits[first + 1 : last], output)
             outputs.append(output if output.finish_reason is None else self._end(progress, output))

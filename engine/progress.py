@@ -58,7 +58,12 @@ class Progress:
     @property
     def room(self) -> int:
         """Tokens that may still come after the next one."""
-        return self._max_tokens - self._count - 1
+        return max(0, self._max_tokens - self._count - 1)
+
+    @property
+    def wants_tokens(self) -> bool:
+        """A reply is wanted, not only that the prompt runs."""
+        return self._max_tokens > 0
 
     def look_ahead(self) -> Outlook:
         """What would pick the next tokens if some model's logits were ours."""
@@ -134,6 +139,11 @@ class Progress:
         usage = self._make_usage()
         end = self._logprob if token in self._end_tokens else None
         return Output(self.request.request_id, text, (token,), usage, reason, None, logprobs, prompt, end)
+
+    def finish_prompt(self) -> Output:
+        """The only Output of a request that wants no tokens: its prompt has run."""
+        prompt = tuple(self._prompt_logprobs)
+        return Output(self.request.request_id, "", (), self._make_usage(), "length", prompt_logprobs=prompt)
 
     def end(self, reason: FinishReason, error: EngineError | None = None) -> Output:
         """The last Output of a request that ends without another token."""

@@ -84,7 +84,7 @@ def _check_params(params: SamplingParams, limits: Limits) -> None:
             params.prompt_logprobs is None or 0 <= params.prompt_logprobs <= MAX_LOGPROBS,
             f"0 to {MAX_LOGPROBS}",
         ),
-        ("max_tokens", params.max_tokens is None or params.max_tokens >= 1, "1 or more"),
+        ("max_tokens", params.max_tokens is None or params.max_tokens >= 0, "0 or more"),
         ("seed", params.seed is None or -(2**63) <= params.seed < 2**64, "a 64-bit integer"),
     )
     for name, ok, wanted in checks:

@@ -23,7 +23,7 @@ class LogprobWriter:
     def write(self, output: Output) -> TextLogprobs:
         """What the text has gained. The token that ends a reply is among them, though it has no text."""
         found: list[TokenLogprob | int] = []
-        if self._prompt and output.token_ids:
+        if self._prompt and (output.token_ids or output.finish_reason == "length"):
             found += [self._prompt[0], *output.prompt_logprobs]
             self._prompt = ()
         found += output.logprobs

@@ -37,6 +37,24 @@ def test_ways_to_end() -> None:
     assert say("ab", ignore_eos=True).usage.total_tokens == LIMITS.context_window
 
 
+@pytest.mark.parametrize("draft_tokens", [0, 4])
+def test_no_tokens_are_wanted(draft_tokens: int) -> None:
+    """The prompt runs, in as many chunks as it takes, and is of use to whoever asks for more of it later."""
+    engine = Engine(FakeExecutor(LIMITS, make_hash_model(258)), TOKENIZER, draft_tokens=draft_tokens)
+    for name, prompt in (("long", "x" * 60), ("short", "y")):
+        engine.add(make_request(name, prompt, max_tokens=0, prompt_logprobs=1))
+    found = run_all(engine)
+    for name, count in (("long", 60), ("short", 1)):
+        output = found[name]
+        assert (output.text, output.token_ids, output.finish_reason) == ("", (), "length")
+        assert (output.usage.prompt_tokens, output.usage.completion_tokens, output.usage.ttft) == (count, 0, None)
+        assert len(output.prompt_logprobs) == count - 1
+    assert engine.get_stats().completion_tokens == 0
+    assert engine.get_stats().free_pages == LIMITS.num_pages
+    engine.add(make_request("again", "x" * 60, max_tokens=1))
+    assert run_all(engine)["again"].usage.cached_tokens == 48
+
+
 def test_max_tokens_is_clipped_to_the_context() -> None:
     output = say("x" * 500, max_tokens=100_000)
     assert (output.finish_reason, output.usage.completion_tokens) == ("length", LIMITS.context_window - 6)
@@ -176,7 +194,7 @@ def test_context_overflow_names_both_numbers() -> None:
         ((1,), {"temperature": float("nan")}, "temperature is nan\n  hint: it must be between 0 and 2"),
         ((1,), {"top_p": 0.0}, "top_p is 0.0\n  hint: it must be above 0 and at most 1"),
         ((1,), {"top_k": -1}, "top_k is -1\n  hint: it must be 0 (off) or more"),
-        ((1,), {"max_tokens": 0}, "max_tokens is 0\n  hint: it must be 1 or more"),
+        ((1,), {"max_tokens": -1}, "max_tokens is -1\n  hint: it must be 0 or more"),
         ((1,), {"seed": 2**64}, "seed is 18446744073709551616\n  hint: it must be a 64-bit integer"),
         (
             (1,),

@@ -75,6 +75,9 @@ def test_stop_strings(client: openai.OpenAI) -> None:
 def test_length(client: openai.OpenAI, name: str) -> None:
     reply = ask(client, "one two three", **{name: 2})
     assert (reply.choices[0].finish_reason, reply.usage.completion_tokens) == ("length", 2)
+    reply = ask(client, "one two three", **{name: 0})
+    choice = reply.choices[0]
+    assert (choice.finish_reason, choice.message.content, reply.usage.completion_tokens) == ("length", "", 0)
 
 
 def test_seed(client: openai.OpenAI) -> None:

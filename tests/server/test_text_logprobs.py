@@ -47,6 +47,18 @@ def test_echoed_prompt(client: openai.OpenAI) -> None:
         assert 1 <= len(top) <= 2
 
 
+def test_a_prompt_alone(client: openai.OpenAI) -> None:
+    """What evaluations ask for: the prompt's probabilities, and no reply."""
+    whole = complete(client, logprobs=1, echo=True, max_tokens=1)
+    answer = complete(client, logprobs=1, echo=True, max_tokens=0)
+    choice, expected = answer.choices[0], whole.choices[0].logprobs.model_dump()
+    assert (choice.text, choice.finish_reason, answer.usage.completion_tokens) == (PROMPT, "length", 0)
+    assert choice.logprobs.model_dump() == {name: values[:-1] for name, values in expected.items()}
+    chunks = list(complete(client, logprobs=1, echo=True, max_tokens=0, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == PROMPT
+    assert chunks[-1].choices[0].logprobs.tokens == choice.logprobs.tokens
+
+
 def test_streamed(client: openai.OpenAI) -> None:
     for fields in ({"logprobs": 2}, {"logprobs": 2, "echo": True}):
         whole = complete(client, **fields).choices[0]

@@ -123,7 +123,7 @@ REFUSED = [
     ({"temperature": 2.5}, "temperature", None, "temperature is 2.5; it must be between 0 and 2"),
     ({"top_p": 0}, "top_p", None, "top_p is 0.0; it must be above 0 and at most 1"),
     ({"top_k": -2}, "top_k", None, "top_k is -2; it must be 0 (off) or more"),
-    ({"max_tokens": 0}, "max_tokens", "invalid_value", "greater than or equal to 1"),
+    ({"max_tokens": -1}, "max_tokens", "invalid_value", "greater than or equal to 0"),
     ({"max_completion_tokens": 1.5}, "max_completion_tokens", "invalid_value", "valid integer"),
     ({"min_p": -1}, "min_p", None, "min_p is -1.0; it must be between 0 (off) and 1"),
     ({"typical_p": 2}, "typical_p", None, "typical_p is 2.0; it must be above 0 and at most 1 (off)"),

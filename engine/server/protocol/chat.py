@@ -43,6 +43,27 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
     "prediction": (),
     "web_search_options": (),
+    # Other servers': what would change the reply, so that leaving it out in silence would be a lie.
+    "add_generation_prompt": (True,),
+    "allowed_token_ids": ([],),
+    "bad_words": ([],),
+    "continue_final_message": (False,),
+    "documents": ([],),
+    "dry_multiplier": (0,),
+    "ebnf": ("",),
+    "guided_whitespace_pattern": (),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
+    "logits_processors": ([],),
+    "min_tokens": (0,),
+    "mirostat": (0,),
+    "n_predict": (-1,),
+    "regex": ("",),
+    "repeat_penalty": (1,),  # repetition_penalty is the name here
+    "skip_special_tokens": (True,),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+    "xtc_probability": (0,),
 }
 
 
@@ -168,8 +189,8 @@ class ChatRequest(BaseModel):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: Annotated[dict[int, float] | None, BeforeValidator(make_bias), WithJsonSchema(_BIAS)] = None
-    max_tokens: int | None = Field(default=None, ge=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=0)
+    max_completion_tokens: int | None = Field(default=None, ge=0)
     stop: Annotated[list[str] | None, BeforeValidator(make_list), WithJsonSchema(_TEXT_OR_LIST)] = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
