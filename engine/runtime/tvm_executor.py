@@ -10,6 +10,7 @@ import json
 import math
 import mmap
 import os
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -28,6 +29,7 @@ from engine.runtime.memory import Budget, get_free_memory, make_library_limits, 
 HIDDEN = "batch_prefill_to_last_hidden_states"  # what packages that were made before it lack
 HUGE_PAGE = 1 << 21
 ALIGNMENT = 64
+FAULT = 1 << 16  # bytes that Linux maps at once
 SPINS = 2000  # times that a worker without work yields before it sleeps: 1 ms, where TVM would burn 0.1 s
 
 
@@ -241,4 +243,7 @@ def _map_file(path: Path) -> NDArray[np.uint8]:
     """The file as bytes, mapped copy-on-write: DLPack refuses read-only memory, and nothing writes to it."""
     with path.open("rb") as file:
         region = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    return np.frombuffer(region, np.uint8)
+    data = np.frombuffer(region, np.uint8)
+    # Touched while the tokenizer loads, so that the first batch need not wait for the pages; sum() lets others run
+    threading.Thread(target=data[::FAULT].sum, name="touch", daemon=True).start()
+    return data
