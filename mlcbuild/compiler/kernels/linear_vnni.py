@@ -22,7 +22,8 @@ from mlcbuild.compiler.kernels.tir import F32, I32, Accumulator, Expr, f32, fma,
 from mlcbuild.quantization.layouts.int8_16x64 import SCALE_BYTES, accepts, get_block_bytes
 
 ONE = 127 << 23  # the bits of 1.0
-AHEAD = {4: 12, 8: 6}  # blocks asked for in advance by the many-row path, too busy for the hardware prefetcher
+FEW = 8  # rows that are done before the next 8-bit weights are here: two tiles at once would be two streams to wait for
+AHEAD = {4: 12, 8: 8}  # blocks asked for in advance by the many-row path, too busy for the hardware prefetcher
 
 
 def make_linear(out_features: int, in_features: int, *, bits: int, bias: bool, residual: bool) -> tirx.PrimFunc:
@@ -46,8 +47,11 @@ def make_linear(out_features: int, in_features: int, *, bits: int, bias: bool, r
             with T.parallel(tiles // pair) as t, T.If(n == 1):
                 with T.Then(), T.serial(pair) as r:
                     _one_row(w, bits, acts, t * pair + r, blocks, store)
-                with T.Else():
-                    _many_rows(w, bits, acts, y, t, pair, blocks, store)
+                with T.Else(), T.If((n <= FEW) & (bits == 8)):
+                    with T.Then(), T.serial(pair) as r:
+                        _many_rows(w, bits, acts, y, t * pair + r, 1, blocks, store)
+                    with T.Else():
+                        _many_rows(w, bits, acts, y, t, pair, blocks, store)
 
     return tir.make_prim_func(body)
 
