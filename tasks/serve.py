@@ -35,7 +35,7 @@ def run_serve(package: Path, variables: Mapping[str, str]) -> None:
     with end_on_signal():  # importing and loading take a while, too
         from engine.model import load_model
         from engine.runtime.memory import Budget
-        from engine.server.serve import run_server
+        from engine.server.serve import print_line, run_server
 
         load = functools.partial(
             load_model,
@@ -47,4 +47,4 @@ def run_serve(package: Path, variables: Mapping[str, str]) -> None:
             **get_guessing(settings),
             queue_limit=settings.max_queue,
         )
-        run_server(load, settings, functools.partial(print, flush=True))
+        run_server(load, settings, print_line)

@@ -10,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import os
 import signal
 import socket
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -44,10 +46,18 @@ def run_server(load: Callable[[], LoadedModel], settings: ServerSettings, say: C
         try:
             model = load()
             with closing(model.engine), watch_requests(model, settings.trace):
-                say(f"{model.name} ({model.variant}) is served at {get_url(listener)}/v1; Ctrl-C ends it")
-                Server(model, settings, keys).run([listener])
+                text = f"{model.name} ({model.variant}) is served at {get_url(listener)}/v1; Ctrl-C ends it"
+                Server(model, settings, keys, lambda: say(text)).run([listener])
         except KeyboardInterrupt:  # also how uvicorn hands on the signal that ended it
             say("the server has ended")
+
+
+def print_line(text: str) -> None:
+    """Tell the person at the terminal. Who has left (`./doit serve | head -1`) is no reason to end otherwise."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own last flush would fail
 
 
 @contextlib.contextmanager
@@ -90,7 +100,13 @@ def get_url(listener: socket.socket) -> str:
 class Server(uvicorn.Server):
     """uvicorn, which waits for running replies when it shuts down: so the engine is told to end them first."""
 
-    def __init__(self, model: LoadedModel, settings: ServerSettings | None = None, keys: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        settings: ServerSettings | None = None,
+        keys: Sequence[str] = (),
+        started: Callable[[], None] = lambda: None,
+    ) -> None:
         settings = settings or ServerSettings()
         self._app = make_app(model, settings, keys)
         config = uvicorn.Config(
@@ -109,6 +125,12 @@ class Server(uvicorn.Server):
         self._engine = model.engine
         self._drain_seconds = settings.drain_seconds
         self._patient = False
+        self._started = started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Called by uvicorn, which from then on answers, and ends in its own way when a signal comes."""
+        await super().startup(sockets)
+        self._started()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called for each signal: only the first one, and only if it is SIGTERM, leaves time."""

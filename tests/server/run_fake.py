@@ -39,7 +39,7 @@ def print_memory(*_: object) -> None:
 def main(what: str, pairs: list[str]) -> None:
     given = dict(pair.split("=", 1) for pair in pairs)
     if what == "serve":
-        from engine.server.serve import run_server
+        from engine.server.serve import print_line, run_server
 
         settings = load_settings(ServerSettings, given, os.environ)
 
@@ -47,7 +47,7 @@ def main(what: str, pairs: list[str]) -> None:
             print("loading", flush=True)
             return load_fake(name=settings.model_name or "fake", queue_limit=settings.max_queue)
 
-        run_server(load, settings, say=lambda text: print(text, flush=True))
+        run_server(load, settings, print_line)
     else:
         from engine.chat import run_chat
 

@@ -63,6 +63,16 @@ def test_ending(number: signal.Signals, patience: str) -> None:
     assert (answers[0].status_code, answers[0].json()) == (503, {"error": told})
 
 
+def test_ending_when_nobody_reads_what_it_says() -> None:
+    with start_server() as (process, _):
+        assert process.stdout is not None
+        process.stdout.close()
+        process.stdout = None
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=20)
+    assert (process.returncode, errors) == (0, "")
+
+
 def test_draining() -> None:
     """SIGTERM: running replies are finished, new requests are refused with 503, and then the process is gone."""
     body = {**SLOW, "max_tokens": 40}
