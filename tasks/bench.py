@@ -25,6 +25,7 @@ VARIABLES = {
     "rounds": "rounds of every case, 5",
     "peer": "programs to compare with, installed when needed: llama.cpp,openvino",
     "plot": "write a roofline plot, .svg or .png",
+    "guesses": "guess so many tokens ahead, from the text and by draft=<model>; instead of all else",
     "rows": "time steps of 1 to so many sequences, and mixed batches, instead of all else",
 }
 
@@ -50,6 +51,9 @@ def run_bench(package: Path, variables: Mapping[str, str]) -> None:
     rounds = get_count(variables, "rounds", 5)
     if "rows" in variables:
         print_curve(package, get_count(variables, "rows", 32), rounds)
+        return
+    if "guesses" in variables:
+        print_guessing(package, variables, rounds)
         return
     plot = Path(variables["plot"]) if "plot" in variables else None
     if plot is not None:
@@ -106,6 +110,33 @@ def print_curve(package: Path, most: int, rounds: int) -> None:
     print(f"{'batch':28}{'ms':>9}{'ms/row':>9}{'beside neighbours':>20}")
     for p in points:
         print(f"{p.name:28}{p.milliseconds:9.2f}{p.milliseconds / p.rows:9.3f}{p.beside:20.2f}")
+
+
+def print_guessing(package: Path, variables: Mapping[str, str], rounds: int) -> None:
+    """Tokens of a step and the speed-up, by text and by who guesses."""
+    from engine.artifact import open_package
+    from engine.bench.guessing import measure_guessing
+    from engine.runtime.memory import Budget
+    from engine.runtime.pair import load_pair
+    from engine.runtime.tvm_executor import TvmExecutor
+    from engine.text.tokenizer import load_tokenizer
+
+    opened, draft = open_package(package), variables.get("draft")
+    with ExitStack() as stack:
+        budget = Budget("interactive", 2048)
+        if draft is None:
+            executor, small = TvmExecutor(opened, budget), None
+        else:
+            executor, small = load_pair(opened, open_package(Path(draft)), budget)
+            stack.callback(small.close)
+        stack.callback(executor.close)
+        report = stack.enter_context(show_progress())
+        longest = get_count(variables, "guesses", 6)
+        found = measure_guessing(executor, small, load_tokenizer(package), longest, rounds, report)
+    print(f"{'text':8}{'guesses by':12}{'tokens/step':>12}{'speed-up':>10}{'right':>16}")
+    for g in found:
+        right = f"{g.right} of {g.guessed}" if g.guessed else ""
+        print(f"{g.text:8}{g.way:12}{g.tokens_per_step:12.2f}{g.speedup:10.2f}{right:>16}")
 
 
 def load_peers(names: str, config: Mapping[str, Any], stack: ExitStack) -> dict[str, Peer]:

@@ -10,6 +10,7 @@ import pytest
 from small_engines import make_request, run_all
 
 from engine.artifact import File, open_package
+from engine.bench.guessing import measure_guessing
 from engine.engine import Engine
 from engine.errors import InvalidSetting
 from engine.runtime.memory import Budget
@@ -81,3 +82,13 @@ def test_a_draft_that_is_no_use_is_refused(tiny_package: Path, draft_package: Pa
     with pytest.raises(InvalidSetting, match="its context holds 64 tokens, and the engine's 512"):
         check_context(replace(draft, manifest=replace(draft.manifest, library=library)), executor.limits)
     executor.close()
+
+
+def test_what_guessing_gives_is_measured(tiny_package: Path, pair: tuple[TvmExecutor, TvmExecutor]) -> None:
+    found = measure_guessing(*pair, load_tokenizer(tiny_package), 4, 1)
+    assert [(g.text, g.way) for g in found] == [
+        (text, way) for text in ("json", "code", "story") for way in ("plain", "lookup", "draft")
+    ]
+    assert all(g.tokens_per_step == 1 and g.speedup == 1 and not g.guessed for g in found if g.way == "plain")
+    assert all(g.tokens_per_step >= 1 and g.speedup > 0 and g.right <= g.guessed for g in found)
+    assert any(g.right for g in found)
