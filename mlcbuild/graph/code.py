@@ -107,8 +107,8 @@ class CodeDigests:
     def get_closure(self, step: str, extra: tuple[str, ...] = ()) -> dict[str, str]:
         """Digest of all that `run` of the module `step` and the `extra` modules or names reach: {module: digest}.
 
-        Found out once in a process, which has imported the code by then. StepError when the step has no `run`, or when
-        there is no such module.
+        Found out once in a process, which has imported the code by then. StepError when the step has no `run`, when
+        there is no such module, or one is not Python.
         """
         if (step, extra) not in self._closures:
             self._closures[step, extra] = self._compute_closure(step, extra)
@@ -207,10 +207,18 @@ class CodeDigests:
         if remembered and remembered[:2] == [stat, name]:
             statements, loads, whole = remembered[2]
             return Source(tuple(_restore(values) for values in statements), tuple(loads), whole)
-        source = make_source(path.read_text("utf-8"), name, is_package=path.name == "__init__.py")
+        try:
+            source = make_source(path.read_text("utf-8"), name, is_package=path.name == "__init__.py")
+        except SyntaxError as error:
+            raise make_syntax_error(path, error) from None
         self._memo[str(path)] = [stat, name, astuple(source)]
         self._changed = True
         return source
+
+
+def make_syntax_error(path: Path | str, error: SyntaxError) -> StepError:
+    """What is said of a file that is not Python."""
+    return StepError(f"{os.path.relpath(path)}:{error.lineno}: {error.msg}", hint="mend it, and run it again")
 
 
 def _restore(values: list[Any]) -> Statement:

@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any
 from mlcbuild.errors import MlcbuildError, RecipeError, UnknownNameError
 from mlcbuild.graph import settings
 from mlcbuild.graph.action import Action
+from mlcbuild.graph.code import make_syntax_error
 from mlcbuild.recipes.load import Recipes, load_recipes
 from mlcbuild.recipes.machine import has_program
 from mlcbuild.recipes.matrix import AXES, VARIABLES, LazyMachine, Variant, find_conflict, make_variants, matches
@@ -210,9 +211,12 @@ def load_plan(root: Path, variables: Mapping[str, str]) -> Plan:
 
 
 def load_task_modules(root: Path) -> tuple[ModuleType, ...]:
-    """The files of tasks/, imported; their names are the registry of steps."""
+    """The files of tasks/, imported; their names are the registry of steps. StepError for one that is not Python."""
     names = sorted(path.stem for path in (root / "tasks").glob("[a-z]*.py"))
-    return tuple(importlib.import_module(f"tasks.{name}") for name in names)
+    try:
+        return tuple(importlib.import_module(f"tasks.{name}") for name in names)
+    except SyntaxError as error:
+        raise make_syntax_error(str(error.filename), error) from None
 
 
 def make_build(variant: Variant, recipes: Recipes, machine: LazyMachine) -> Build:
@@ -347,8 +351,7 @@ def make_package_task(run: Callable[[Path, Mapping[str, str]], None]) -> dict[st
     """A doit task that builds the selected variant and calls `run(package, variables)`: for serve, chat and the like.
 
     `run` is a module-level function; `package` is an absolute path, and so is variables["draft"] where that names a
-    recipe, which is built too. An error that carries a hint ends doit with exit 1
-    and no traceback.
+    recipe, which is built too. An error that carries a hint ends doit with exit 1 and no traceback.
     """
     plan = get_plan()
     packages = [str(plan.root / build.package) for build in plan.selected]

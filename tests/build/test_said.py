@@ -39,6 +39,15 @@ def test_info_says_why_a_task_is_not_up_to_date(project: Path) -> None:
     assert (unknown.returncode, unknown.stderr) == (3, "ERROR: 'convert:m/q5/rows16' is not a task.\n")
 
 
+def test_code_that_is_not_python(project: Path) -> None:
+    maths = project / "tasks/shared/maths.py"
+    maths.write_text(maths.read_text().replace("def double(x):", "def double(x:"))
+    for command in ("build", "explain", "list"):
+        done = doit(project, command)
+        said = "ERROR: tasks/shared/maths.py:3: '(' was never closed\n  hint: mend it, and run it again\n"
+        assert (done.returncode, done.stdout, done.stderr) == (3, "", said)
+
+
 @pytest.mark.parametrize("buffered", [True, False])
 @pytest.mark.parametrize(
     "command",

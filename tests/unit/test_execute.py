@@ -155,6 +155,16 @@ def test_code_and_tools_count(checkout: Path, monkeypatch: pytest.MonkeyPatch) -
     assert execute(action, checkout).key != first.key
 
 
+def test_code_that_is_not_python(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (checkout.parent / "modules" / "fakesteps" / "helper.py").write_text("x = 1\ny = = 2\n")
+    monkeypatch.chdir(checkout)
+    action = replace(make_action(), code=("fakesteps.helper",))
+    assert not is_uptodate(action, checkout)
+    with pytest.raises(StepError) as caught:
+        execute(action, checkout)
+    assert str(caught.value) == "../modules/fakesteps/helper.py:2: invalid syntax\n  hint: mend it, and run it again"
+
+
 def test_a_touched_or_changed_output_is_restored(checkout: Path) -> None:
     run(checkout)
     get_note(checkout).chmod(0o644)
