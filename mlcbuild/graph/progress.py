@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 COLOURS = {"run": "green", "hit": "cyan", "remote hit": "cyan", "ok": "dim", "fail": "red", "warn": "yellow"}
 CACHED = ("hit", "remote hit")
 QUIET_SECONDS = 10.0  # without a terminal, a long step says how far it is this often
-BAR_WIDTH = 24
+BAR_WIDTH = 24  # where there is room for it
+FIXED_WIDTH = 16  # of the lines of the tree, the name of a step, and the space between columns
+TEXT_WIDTH = 48  # with that of what a step says
 
 
 @dataclass
@@ -46,11 +48,19 @@ class Running:
         if size and fraction is not None and (self.counted is None or self.counted[2] != size):
             self.counted = time.monotonic(), fraction, size
 
-    def describe(self, now: float) -> str:
-        """What it does, its bytes, their rate, and how long it will take."""
+    def describe(self, now: float, room: int | None = None) -> str:
+        """What it does, shortened where there is `room` for so many characters only, its bytes, their rate, and how
+        long it will take."""
+        figures = "  ".join(self._list_figures(now))
+        text, rest = self.text, None if room is None else max(0, room - len(figures) - 2)
+        if rest is not None and len(text) > rest:
+            text = f"{text[: rest - 1]}…" if rest > 1 else ""
+        return "  ".join(filter(None, (text, figures)))
+
+    def _list_figures(self, now: float) -> list[str]:
         from mlcbuild.graph.summary import show_size
 
-        parts = [self.text] if self.text else []
+        parts = []
         if self.counted is not None and self.size and self.fraction is not None:
             since, share, _ = self.counted  # what came before, such as imports, says nothing of the rate
             rate = self.size * (self.fraction - share) / (now - since) if now > since else 0.0
@@ -60,7 +70,7 @@ class Running:
         else:
             parts += [] if self.fraction is None else [f"{self.fraction:.0%}"]
             rest = estimate_rest(now - self.started, self.fraction, self.expected())
-        return "  ".join([*parts, f"{show_duration(rest)} left"] if rest is not None else parts)
+        return [*parts, f"{show_duration(rest)} left"] if rest is not None else parts
 
 
 def estimate_rest(elapsed: float, fraction: float | None, expected: float | None) -> float | None:
@@ -163,10 +173,12 @@ class LiveView:
         now, running = time.monotonic(), list(self.state.running.values())
         tree = Tree(Text.assemble(("build", "bold"), "  ", self.state.describe(now)), guide_style="dim")
         width = max((len(step.name) for step in running), default=0)
+        bar_width = max(8, min(BAR_WIDTH, self.console.width - width - TEXT_WIDTH))
+        room = self.console.width - width - bar_width - FIXED_WIDTH
         for step in running:
             row = Table.grid(padding=(0, 1))
-            bar = ProgressBar(1.0, step.fraction or 0.0, BAR_WIDTH, pulse=step.fraction is None)
-            row.add_row(f"{step.step:<9}", f"{step.name:<{width}}", bar, Text(step.describe(now), "dim"))
+            bar = ProgressBar(1.0, step.fraction or 0.0, bar_width, pulse=step.fraction is None)
+            row.add_row(f"{step.step:<9}", f"{step.name:<{width}}", bar, Text(step.describe(now, room), "dim"))
             tree.add(row)
         return tree
 

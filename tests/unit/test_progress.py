@@ -35,6 +35,8 @@ def test_a_running_step_describes_itself(monkeypatch):
     assert running.describe(105.0) == "model-1.safetensors  1 GB of 8 GB"
     running.hear("model-1.safetensors", 0.25, 8_000_000_000)
     assert running.describe(110.0) == "model-1.safetensors  2 GB of 8 GB  200 MB/s  0:30 left"
+    assert running.describe(110.0, 50) == "model-1.safete…  2 GB of 8 GB  200 MB/s  0:30 left"
+    assert running.describe(110.0, 30) == "2 GB of 8 GB  200 MB/s  0:30 left"
     running.hear("pass fuse", 0.5, None)
     assert running.describe(110.0) == "pass fuse  50%  0:10 left"
     running.expected = lambda: 3700.0
