@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mlcbuild.recipes.schema import Source
     from mlcbuild.weights.convert import Report
 
-OFFLINE_HINT = "unset HF_HUB_OFFLINE, or build with source=random"
+OFFLINE_HINT = "build without offline=1 and HF_HUB_OFFLINE, or with source=random"
 
 
 def lock_revision(source: Source, lock: Path | None) -> Source:

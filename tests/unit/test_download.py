@@ -257,7 +257,7 @@ def test_no_network_and_offline(hub, tmp_path, monkeypatch):
             download(tmp_path / "out", revision)
         assert str(caught.value) == (
             f"{REPO} at {revision} is not in the cache, and HF_HUB_OFFLINE is set\n"
-            "  hint: unset HF_HUB_OFFLINE, or build with source=random"
+            "  hint: build without offline=1 and HF_HUB_OFFLINE, or with source=random"
         )
 
 
