@@ -12,6 +12,7 @@ from engine.errors import InvalidRequest, UnknownModel
 from engine.model import LoadedModel
 from engine.sampling.grammar import add_alternative
 from engine.server.protocol.chat import ChatRequest
+from engine.server.protocol.messages import MessagesRequest
 from engine.server.protocol.responses import ResponsesRequest
 from engine.server.protocol.structured import StructuredFields, make_output_grammar
 from engine.server.protocol.tools import ToolChoice, make_signature, make_tool_choice, make_tools_grammar
@@ -38,7 +39,7 @@ def check_model_name(name: str, model: LoadedModel) -> None:
         )
 
 
-def check_supported(body: ChatRequest | ResponsesRequest, hint: str = "leave it out") -> None:
+def check_supported(body: ChatRequest | ResponsesRequest | MessagesRequest, hint: str = "leave it out") -> None:
     """Raise InvalidRequest for a field whose wish could only be ignored."""
     name = body.get_unsupported()
     if name is not None:

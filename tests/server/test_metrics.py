@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 
 import httpx
 import pytest
@@ -42,7 +43,7 @@ def ask(running: Running, text: str, path: str = PATH, patience: float = 30, **f
 
 def test_the_numbers() -> None:
     with run_fake_server() as running:
-        before = read(running)
+        before, began = read(running), time.monotonic()
         assert (before["requests_running"], before["engine_up"], before["kv_cache_usage_ratio"]) == (0, 1, 0)
         whole = ask(running, "hi").json()["usage"]
         ask(running, "slow", max_tokens=10)
@@ -65,15 +66,16 @@ def test_the_numbers() -> None:
     count = whole["completion_tokens"]
     assert after["request_generation_tokens_sum"] == 2 * count + 10
     assert after["inter_token_latency_seconds_count"] >= 2 * (count - 1) + 9
-    assert 9 * 0.02 < after["request_decode_time_seconds_sum"] < 5
+    assert 9 * 0.02 < after["request_decode_time_seconds_sum"] < time.monotonic() - began
     assert after["e2e_request_latency_seconds_sum"] == pytest.approx(
         after["time_to_first_token_seconds_sum"] + after["request_decode_time_seconds_sum"]
     )
-    assert after["time_to_first_token_seconds_sum"] == pytest.approx(
-        after["request_queue_time_seconds_sum"] + after["request_prefill_time_seconds_sum"], abs=0.1
-    )
+    # The one that failed was in the queue, and had no token.
+    assert after["request_queue_time_seconds_count"] == after["time_to_first_token_seconds_count"] + 1
+    until_first = after["request_queue_time_seconds_sum"] + after["request_prefill_time_seconds_sum"]
+    assert 0 < after["time_to_first_token_seconds_sum"] < until_first
     assert after["generation_tokens_total"] > 2 * count + 10
-    assert 9 * 0.02 < after["model_seconds_total"] < 5
+    assert 9 * 0.02 < after["model_seconds_total"] < time.monotonic() - began
     assert after["prefix_cache_hits_total"] <= after["prefix_cache_queries_total"] == after["prompt_tokens_total"]
     assert (after["requests_running"], after["requests_waiting"]) == (0, 0)
     assert any(name.startswith("build_info{artifact=fake/none/here,target=here,version=") for name in after)

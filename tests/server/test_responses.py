@@ -124,6 +124,10 @@ def test_a_reply_that_fails_and_one_that_is_left(client: openai.OpenAI, server: 
         ({"input": [{"type": "function_call", "name": "f"}]}, "messages"),
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"background": True}, "background"),
+        ({"max_tokens": 5}, "max_tokens"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"stop": ["x"]}, "stop"),
+        ({"min_tokens": 3}, "min_tokens"),
         ({"truncation": "auto"}, "truncation"),
         ({"tools": [{"type": "web_search"}]}, "tools"),
         ({"temperature": 3}, "temperature"),
@@ -136,6 +140,13 @@ def test_refusals(http: httpx.Client, fields: dict, param: str) -> None:
     error = answer.json()["error"]
     assert (answer.status_code, error["type"]) == (400, "invalid_request_error")
     assert error["param"].split(".")[0].split("[")[0] == param
+
+
+def test_fields_of_a_chat_that_ask_for_nothing(http: httpx.Client) -> None:
+    for fields in ({"n": 1}, {"stop": []}, {"logprobs": False}, {"top_logprobs": 0}, {"seed": None}, {"top_k": 0}):
+        assert http.post(PATH, json={"model": "fake", "input": "hi", **fields}).status_code == 200
+    for fields in ({"stream_options": {"include_obfuscation": False}}, {"user": "me"}, {"service_tier": "auto"}):
+        assert http.post(PATH, json={"model": "fake", "input": "hi", **fields}).status_code == 200
 
 
 def test_what_comes_back_may_be_no_unicode(http: httpx.Client) -> None:

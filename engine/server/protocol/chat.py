@@ -245,6 +245,35 @@ class ChatRequest(BaseModel):
         return next((name for name, value in given.items() if _asks(value, UNSUPPORTED.get(name))), None)
 
 
+# Fields of a chat that may come by another protocol, which does not have them, and what asks for nothing there.
+FREE = ("stream_options", "timings")
+NOTHING: Mapping[str, tuple[Any, ...]] = {
+    "chat_template_kwargs": ({},),
+    "frequency_penalty": (0,),
+    "ignore_eos": (False,),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "min_p": (0,),
+    "n": (1,),
+    "parallel_tool_calls": (True,),
+    "presence_penalty": (0,),
+    "reasoning_effort": ("none",),
+    "repetition_penalty": (1,),
+    "response_format": ({"type": "text"},),
+    "stop": ([],),
+    "top_k": (0,),
+    "top_logprobs": (0,),
+    "typical_p": (1,),
+}
+
+
+def find_foreign(extra: Mapping[str, Any]) -> str | None:
+    """Of fields that a protocol does not have, the name of one that would mean something in a chat; None if none."""
+    chat = {name: NOTHING.get(name, ()) for name in ChatRequest.model_fields if name not in FREE}
+    known: dict[str, tuple[Any, ...]] = {**chat, **UNSUPPORTED}
+    return next((name for name, value in extra.items() if _asks(value, known.get(name))), None)
+
+
 def _asks(value: Any, harmless: tuple[Any, ...] | None) -> bool:
     """Whether `value` is not one of the harmless ones, where 1 is 1.0 but not true."""
     if value is None or harmless is None:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field
 
 from engine import core
 from engine.errors import InvalidRequest
-from engine.server.protocol.chat import MAX_MESSAGES, REQUEST
+from engine.server.protocol.chat import MAX_MESSAGES, REQUEST, find_foreign
 from engine.server.protocol.errors import ErrorBody
 from engine.server.protocol.tools import MAX_TOOLS, make_calls
 from engine.text.call_format import Piece
@@ -88,6 +88,11 @@ class MessagesRequest(CountRequest):
     stream: bool | None = None
     priority: int | None = None
     timeout: float | None = None
+
+    def get_unsupported(self) -> str | None:
+        """The name of a field that asks for what this server cannot do, or that only OpenAI's protocol has."""
+        extra = self.model_extra or {}
+        return next((name for name in ("mcp_servers", "container") if extra.get(name)), None) or find_foreign(extra)
 
 
 def make_chat(body: CountRequest) -> dict[str, Any]:

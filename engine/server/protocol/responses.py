@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 
 from engine import core
 from engine.errors import InvalidRequest
-from engine.server.protocol.chat import MAX_MESSAGES, REQUEST
+from engine.server.protocol.chat import MAX_MESSAGES, REQUEST, find_foreign
 from engine.server.protocol.tools import MAX_TOOLS
 
 # Fields that ask for what a server without a memory cannot do, with the values that ask for nothing.
@@ -50,7 +50,7 @@ class ResponsesRequest(BaseModel):
         for name, value in (self.model_extra or {}).items():
             if name in HARMLESS and value is not None and value not in HARMLESS[name]:
                 return name
-        return None
+        return find_foreign({name: value for name, value in (self.model_extra or {}).items() if name not in HARMLESS})
 
 
 def make_chat(body: ResponsesRequest) -> dict[str, Any]:

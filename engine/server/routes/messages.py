@@ -48,6 +48,7 @@ Model = Annotated[LoadedModel, Depends(get_model)]
 async def create_message(body: MessagesRequest, request: Request, model: Model) -> Response:
     """Continue a conversation."""
     chat = await check(body, request, model)
+    check_supported(body)
     tokens = await asyncio.to_thread(make_prompt, chat, model)
     params = await prepare_params(chat, model, tokens)
     name = f"msg_{uuid.uuid4().hex}"
