@@ -23,6 +23,7 @@ from engine.machine import get_cpu_features, get_machine, get_tvm_version
 
 SCHEMA = 1  # of manifest.json; raised when a field changes its meaning
 ABI = 1  # of the library's functions and of library.json; raised when the executor would call them differently
+KV_ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 MANIFEST = "manifest.json"
 RECORD = "record.json"
@@ -64,7 +65,8 @@ class LibraryLimits:
 
 @dataclass(frozen=True, slots=True)
 class KvShape:
-    """The KV cache. `kind` is "tensor" (plain arrays that the engine owns) or "tvm" (TVM's paged cache object)."""
+    """The KV cache. `kind` is "tensor" (plain arrays that the engine owns) or "tvm" (TVM's paged cache object); levels
+    may have another `dtype` of the same size."""
 
     kind: str
     dtype: str

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
-from engine.artifact import Library
+from engine.artifact import KV_ITEM_BYTES, Library
 from engine.core import Limits
 from engine.errors import DoesNotFit, InvalidSetting
 
@@ -25,7 +25,6 @@ MODES: tuple[str, ...] = get_args(Mode)
 LOCAL_BATCH = 4
 LOCAL_TOKENS = 8192
 CONTEXT_AT_LEAST = 8192  # positions when nobody has set a budget
-ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 CGROUP = Path("/sys/fs/cgroup")
 MEMINFO = Path("/proc/meminfo")
 
@@ -85,7 +84,7 @@ def get_free_memory() -> int:
 def get_token_bytes(library: Library) -> int:
     """Bytes of one position of the KV cache: key and value, in all layers."""
     kv = library.kv
-    return kv.layers * 2 * kv.kv_heads * kv.head_dim * ITEM_BYTES[kv.dtype]
+    return kv.layers * 2 * kv.kv_heads * kv.head_dim * KV_ITEM_BYTES[kv.dtype]
 
 
 def _get_batch(library: Library, mode: str) -> int:

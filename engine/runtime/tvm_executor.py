@@ -31,6 +31,7 @@ HUGE_PAGE = 1 << 21
 ALIGNMENT = 64
 FAULT = 1 << 16  # bytes that Linux maps at once
 SPINS = 2000  # times that a worker without work yields before it sleeps: 1 ms, where TVM would burn 0.1 s
+HELD_AS = {"bfloat16": "uint16"}  # what numpy has no name for
 
 
 class TvmExecutor:
@@ -71,7 +72,7 @@ class TvmExecutor:
                 f"{package.root}: {package.library_path.name} cannot be loaded: {what}",
                 hint=f"rebuild the package: {rebuild_command(package.root, {'variant': package.manifest.variant})}",
             ) from None
-        self._check_library(package, library)
+        dtype = self._check_library(package, library)
         names = ["embed", "batch_prefill", "batch_decode", *(name for name in [HIDDEN] if name in library.functions)]
         self._functions = {name: self._machine[name] for name in names}
         self._weights = _map_weights(package)
@@ -80,7 +81,7 @@ class TvmExecutor:
         self.limits: Limits = replace(made, hidden_size=self._find_hidden_size())
         kv = library.kv
         shape = (kv.layers, self.limits.num_pages, 2, kv.kv_heads, kv.page_size, kv.head_dim)
-        self._pages: NDArray[Any] | None = make_aligned(shape, np.dtype(kv.dtype))
+        self._pages: NDArray[Any] | None = make_aligned(shape, np.dtype(HELD_AS.get(dtype, dtype)))
         self._kv = wrap(self._pages)
 
     def run(self, batch: Batch) -> NDArray[np.float32]:
@@ -176,8 +177,11 @@ class TvmExecutor:
         first = self._inputs.put("tokens", np.zeros(1, np.int32))
         return int(self._functions["embed"](first, self._params).shape[1])
 
-    def _check_library(self, package: Package, library: Library) -> None:
-        """The library must describe itself as the manifest does: a mixed-up file would read wrong memory."""
+    def _check_library(self, package: Package, library: Library) -> str:
+        """The library must describe itself as the manifest does: a mixed-up file would read wrong memory.
+
+        Returns the dtype of its pages, which may be another one of the same size than in the package's first library.
+        """
         own = json.loads(self._machine["_metadata"]())
         wanted = [[p.name, list(p.shape), p.dtype] for p in library.params]
         if own["abi"] != library.abi or [[p["name"], p["shape"], p["dtype"]] for p in own["params"]] != wanted:
@@ -185,6 +189,7 @@ class TvmExecutor:
                 f"{package.root}: {package.library_path.name} is not the library that manifest.json describes",
                 hint="rebuild the package: doit build model=... quantization=... target=...",
             )
+        return str(own["kv"]["dtype"])
 
 
 class _Inputs:

@@ -24,6 +24,7 @@ from mlcbuild.compiler.kernels import (
     linear_vnni,
     quantize_rows,
 )
+from mlcbuild.compiler.kernels.kv_pages import Heads, choose_dtype, make_kind
 from mlcbuild.compiler.lowering import PAGE_SIZE, AttentionShape, Program
 from mlcbuild.errors import CompileError
 from mlcbuild.quantization import get_layout
@@ -144,16 +145,14 @@ class TensorCache:
     `zero`: the results are wanted as int8 codes too, for weights whose zero point this is.
     """
 
-    def __init__(
-        self, heads: attention.Heads, pages: Tensor, where: list[Tensor], rope: Tensor, zero: int | None
-    ) -> None:
+    def __init__(self, heads: Heads, pages: Tensor, where: list[Tensor], rope: Tensor, zero: int | None) -> None:
         self.heads, self.pages, self.where, self.rope, self.zero = heads, pages, where, rope, zero
         self.append, self.attend = _kernel(attention.make_rope_append, heads), _kernel(attention.make_attention, heads)
 
     def attention(self, layer: int, qkv: Tensor) -> Tensor:
         """See lowering.Cache."""
         where = [*self.where, tirx.IntImm("int64", layer)]
-        out = [_out(qkv.shape), _out(self.pages.shape, self.heads.dtype)]
+        out = [_out(qkv.shape), _out(self.pages.shape, self.pages.dtype)]
         # the old pages must never be read again: the append wrote into the same memory
         qkv, self.pages = op.tensor_ir_inplace_op(
             self.append, "rope_append", [qkv, self.pages, self.rope, *where], [0, 1], out
@@ -175,7 +174,7 @@ class CpuProgram(nn.Module):
     ) -> None:
         super().__init__()
         self.network, self.hidden_size, self.zero = network, hidden_size, zero
-        self.heads = attention.Heads(shape.layers, shape.heads, shape.kv_heads, shape.head_dim, kv_dtype)
+        self.heads = Heads(shape.layers, shape.heads, shape.kv_heads, shape.head_dim, kv_dtype)
         frequencies = elementwise.inverse_frequencies(shape.head_dim, shape.rope_theta, shape.rope_scaling)
         self.frequencies = np.ascontiguousarray(frequencies)
 
@@ -237,7 +236,9 @@ class CpuProgram(nn.Module):
             "positions": ids,
             "rows": ids,
             "table": nn.spec.Tensor(["sequences", "max_pages"], "int32"),
-            "pages": nn.spec.Tensor([h.layers, "page_count", 2, h.kv_heads, PAGE_SIZE, h.head_dim], h.dtype),
+            "pages": nn.spec.Tensor(
+                [h.layers, "page_count", 2, h.kv_heads, PAGE_SIZE, h.head_dim], make_kind(h).stored
+            ),
             "$": packed,
         }
         embeds = {"input_embeds": nn.spec.Tensor(["n", self.hidden_size], "float32")}
@@ -255,11 +256,14 @@ class CpuLowering:
     """See lowering.Lowering. `dot`: how bytes are multiplied over the layout `int8-16x64`; None: by AVX-512 VNNI.
 
     `zero`: the code of weight 0, which activations rounded to int8 are corrected by; None: they stay as they are.
-    `at_once`: tiles of `rows16` that the processor's registers hold.
+    `at_once`: tiles of `rows16` that the processor's registers hold. `kv_dtype`: of the KV cache's pages.
     """
 
-    def __init__(self, quantization: Quantization, layout: str, dot: linear_dot.Dot | None, at_once: int) -> None:
-        self.q, self.layout, self.dot, self.at_once = quantization, layout, dot, at_once
+    def __init__(
+        self, quantization: Quantization, layout: str, dot: linear_dot.Dot | None, at_once: int, kv_dtype: str
+    ) -> None:
+        self.q, self.layout, self.dot = quantization, layout, dot
+        self.at_once, self.kv_dtype = at_once, kv_dtype
         self.zero = get_zero(quantization.bits) if layout == TILES else None
 
     def linear(self, in_features: int, out_features: int, bias: bool = False) -> nn.Module:
@@ -282,12 +286,12 @@ class CpuLowering:
     def export(self, model: nn.Module, shape: AttentionShape, hidden_size: int, limits: Limits) -> Program:
         """See lowering.Lowering; raises CompileError for a shape that the kernels cannot hold."""
         check_shape(shape, hidden_size)
-        program = CpuProgram(model, shape, hidden_size, self.q.dtype, self.zero)
+        program = CpuProgram(model, shape, hidden_size, self.kv_dtype, self.zero)
         module, named = program.export_tvm(spec=program.spec())[:2]
         params = [(n.removeprefix("network."), tuple(int(s) for s in p.shape), str(p.dtype)) for n, p in named]
         kv = {
             "kind": "tensor",
-            "dtype": self.q.dtype,
+            "dtype": self.kv_dtype,
             "layers": shape.layers,
             "kv_heads": shape.kv_heads,
             "page_size": PAGE_SIZE,
@@ -318,4 +322,5 @@ def make_lowering(target: Target, quantization: Quantization, layout: str) -> Cp
             f"target {target.name} has no dot product of bytes for the weight layout {layout}",
             hint=f"recipes/targets/{target.name}.yaml: requires: avx512_vnni or {' or '.join(linear_dot.DOTS)}",
         )
-    return CpuLowering(quantization, layout, dot, linear_rows16.count_tiles(target.requires))
+    at_once, kv_dtype = linear_rows16.count_tiles(target.requires), choose_dtype(quantization, target.requires)
+    return CpuLowering(quantization, layout, dot, at_once, kv_dtype)

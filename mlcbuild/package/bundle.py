@@ -16,6 +16,7 @@ from typing import Any
 
 from engine.artifact import (
     CHAT_CONFIG,
+    KV_ITEM_BYTES,
     MANIFEST,
     SCHEMA,
     TOKENIZER,
@@ -158,10 +159,13 @@ def _name_level(library: str, target: str) -> str:
 def _add_levels(
     library: dict[str, Any], levels: Mapping[str, Mapping[str, Any]], file: str, hint: str
 ) -> dict[str, Any]:
-    """library.json with those of better processors, which differ in what they need and in nothing else."""
+    """library.json with those of better processors: they may need more, and hold the KV cache in another dtype of the
+    same size, but differ in nothing else."""
     own = {"target", "requires", "memory"}
     for name, level in levels.items():
-        if wrong := sorted(key for key in library if key not in own and library[key] != level.get(key)):
+        kv = {**level["kv"], "dtype": library["kv"]["dtype"]} if _same_size(level, library) else level["kv"]
+        found = {**level, "kv": kv}
+        if wrong := sorted(key for key in library if key not in own and library[key] != found.get(key)):
             raise PackageError(f"the library for {name} differs from the others in {', '.join(wrong)}", hint=hint)
     if not levels:
         return library
@@ -172,6 +176,12 @@ def _add_levels(
     every = [library, *levels.values()]
     memory = {function: max(one["memory"][function] for one in every) for function in library["memory"]}
     return {**library, "levels": entries, "memory": memory}
+
+
+def _same_size(level: Mapping[str, Any], library: Mapping[str, Any]) -> bool:
+    """Whether a number of the KV cache takes as many bytes in both."""
+    sizes = [KV_ITEM_BYTES.get(one["kv"]["dtype"]) for one in (level, library)]
+    return sizes[0] == sizes[1]
 
 
 def _check_weights(library: Mapping[str, Any], tensors: list[TensorRecord], weights_dir: Path, hint: str) -> None:

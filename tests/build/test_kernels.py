@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
-import tvm
+from kernel_calls import HAS_VNNI, build, codes_for
 
 from engine.machine import get_cpu_features
-from engine.runtime.tvm_executor import make_aligned
 from mlcbuild.compiler.kernels import (
-    attention,
     elementwise,
     embedding,
     linear_dot,
@@ -21,10 +17,7 @@ from mlcbuild.compiler.kernels import (
 )
 from mlcbuild.quantization import get_layout, get_method
 from mlcbuild.quantization.group import get_zero
-from mlcbuild.recipes.load import load_recipes
 from mlcbuild.recipes.schema import Quantization
-
-ROOT = Path(__file__).parents[2]
 
 Q4F16 = Quantization(name="q4f16_1", method="group", bits=4, group_size=32, dtype="float16", activations="int8")
 Q4F32 = Quantization(name="q4f32_1", method="group", bits=4, group_size=32, dtype="float32")
@@ -33,7 +26,6 @@ Q8F32 = Quantization(name="q8f32_1", method="group", bits=8, group_size=32, dtyp
 Q0F32 = Quantization(name="q0f32", method="plain", bits=32, dtype="float32")
 Q0F16 = Quantization(name="q0f16", method="plain", bits=16, dtype="float16")
 BYTES, ALL = [Q4F16, Q8F16], [Q4F16, Q4F32, Q8F16, Q8F32, Q0F32, Q0F16]
-HAS_VNNI = "avx512_vnni" in (get_cpu_features() or ())
 needs_vnni = pytest.mark.skipif(not HAS_VNNI, reason="this processor has no AVX-512 VNNI")
 ROWS = [1, 2, 3, 5, 8, 13, 64, 65, 131]
 
@@ -41,29 +33,6 @@ ROWS = [1, 2, 3, 5, 8, 13, 64, 65, 131]
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
-
-
-def build(kernel, target=None):
-    """A callable of numpy arrays: in-place arguments come back through the arrays themselves."""
-    target = target or ("x86-64-v4-vnni" if HAS_VNNI else "x86-64-v3")
-    target = tvm.target.Target(load_recipes(ROOT / "recipes").targets[target].tvm)
-    function = tvm.compile(tvm.IRModule({"f": kernel.with_attr("global_symbol", "f")}), target)["f"]
-
-    def run(*args):
-        passed, copies = [], []
-        for a in args:
-            if isinstance(a, np.ndarray):
-                copy = make_aligned(a.shape, a.dtype)
-                copy[...] = a
-                copies.append((a, copy))
-                passed.append(tvm.runtime.from_dlpack(copy))
-            else:
-                passed.append(a)
-        function(*passed)
-        for a, copy in copies:
-            a[...] = copy
-
-    return run
 
 
 def make_weights(rng, q, layout, shape):
@@ -81,12 +50,6 @@ def quantize(x):
     fraction, exponent = np.frexp(np.maximum(largest * np.float32(1 / 127), np.float32(quantize_rows.LEAST)))
     scale = np.ldexp(np.float32(1), exponent - (fraction == 0.5))
     return (np.rint(groups / scale) * scale).reshape(x.shape)
-
-
-def codes_for(n, width):
-    """Empty output buffers of quantize_rows."""
-    entries = (n + 2 * ((n + 63) // 64)) * quantize_rows.groups(width)
-    return np.zeros(entries * 32, np.int8), np.zeros(entries, np.float32), np.zeros(entries, np.int32)
 
 
 @needs_vnni
@@ -252,74 +215,6 @@ def test_unknown_rope_type_is_refused():
         elementwise.inverse_frequencies(64, 1e4, {"rope_type": "yarn", "factor": 2.0})
 
 
-def attend(q, positions, rows, history):
-    """numpy: token m sees its own sequence up to its position; history is {row: [2, length, kv_heads, d]}."""
-    out = np.zeros_like(q)
-    for m, (position, row) in enumerate(zip(positions, rows, strict=True)):
-        for head in range(q.shape[1]):
-            source = head // (q.shape[1] // history[row][0].shape[1])
-            keys, values = (t[: position + 1, source] for t in history[row])
-            scores = keys @ q[m, head] / np.sqrt(q.shape[2])
-            p = np.exp(scores - scores.max())
-            out[m, head] = p @ values / p.sum()
-    return out
-
-
-@pytest.mark.parametrize(("heads", "kv_heads", "d"), [(8, 4, 32), (8, 2, 64), (7, 1, 64), (2, 2, 128), (20, 1, 32)])
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_attention_over_pages(rng, heads, kv_heads, d, dtype):
-    """Chunks of two sequences, mixed with single tokens, appended and attended through a shuffled page table."""
-    h = attention.Heads(layers=2, heads=heads, kv_heads=kv_heads, head_dim=d, dtype=dtype)
-    append, attend_kernel = build(attention.make_rope_append(h)), build(attention.make_attention(h))
-    pages = np.full((2, 12, 2, kv_heads, 16, d), np.nan, dtype)  # what was never written must never be read
-    table = rng.permutation(12).astype(np.int32).reshape(2, 6)
-    history = {0: None, 1: None}
-    tolerance = 2e-5 if dtype == "float32" else 5e-4  # a key that rounds the other way is off by one float16 step
-    calls = [([0] * 19, range(19)), ([0] + [1] * 6, [19, *range(6)]), ([0, 1], [20, 6]), ([1] * 30, range(7, 37))]
-    for rows, positions in calls:
-        rows, positions = np.array(rows, np.int32), np.array(positions, np.int32)
-        n = len(rows)
-        qkv = rng.normal(size=(n, h.width)).astype(np.float32)
-        angle = rng.normal(size=(n, d // 2)).astype(np.float32)
-        rope = np.concatenate([np.cos(angle), np.sin(angle)], -1)
-        x = qkv.reshape(n, heads + 2 * kv_heads, d).copy()
-        a, b = x[:, : heads + kv_heads, : d // 2].copy(), x[:, : heads + kv_heads, d // 2 :].copy()
-        cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
-        x[:, : heads + kv_heads] = np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
-        for m, row in enumerate(rows):
-            kv = x[m, heads:].astype(dtype).astype(np.float32).reshape(2, 1, kv_heads, d)
-            history[row] = kv if history[row] is None else np.concatenate([history[row], kv], 1)
-        append(qkv, pages, rope, positions, rows, table, 1)
-        y = np.zeros((n, heads * d), np.float32)
-        attend_kernel(qkv, pages, positions, rows, table, 1, y)
-        wanted = attend(x[:, :heads], positions, rows, history)
-        np.testing.assert_allclose(y.reshape(n, heads, d), wanted, atol=tolerance)
-    assert np.isnan(pages[0]).all()  # the other layer is untouched
-
-
-@pytest.mark.parametrize(("heads", "kv_heads", "d"), [(8, 2, 64), (3, 1, 32), (5, 1, 64), (16, 1, 32)])
-def test_attention_quantizes_as_its_parts(rng, heads, kv_heads, d):
-    """Codes straight from attention are those of its plain results, to the last bit; also of a padded row."""
-    h = attention.Heads(layers=1, heads=heads, kv_heads=kv_heads, head_dim=d, dtype="float16")
-    plain, fused = build(attention.make_attention(h)), build(attention.make_attention(h, zero=7))
-    quantizer = build(quantize_rows.make_quantize_rows(heads * d, zero=7))
-    pages = rng.normal(size=(1, 12, 2, kv_heads, 16, d)).astype(np.float16)
-    table = rng.permutation(12).astype(np.int32).reshape(2, 6)
-    for n in (1, 2, 5, 66):
-        rows, positions = np.zeros(n, np.int32), np.arange(20, 20 + n, dtype=np.int32)
-        if n == 2:
-            rows, positions = np.array([0, 1], np.int32), np.array([70, 3], np.int32)
-        qkv = rng.normal(size=(n, h.width)).astype(np.float32)
-        y, wanted, got = np.zeros((n, heads * d), np.float32), codes_for(n, heads * d), codes_for(n, heads * d)
-        for a in (*wanted, *got):
-            a[...] = 77  # what pads a row must be written too
-        plain(qkv, pages, positions, rows, table, 0, y)
-        quantizer(y, *wanted)
-        fused(qkv, pages, positions, rows, table, 0, *got)
-        for a, b in zip(wanted, got, strict=True):
-            np.testing.assert_array_equal(a, b, err_msg=f"{n} rows")
-
-
 EXTREMES = [1e4, -1e4, 0.0, 1e-40, -1e-40, 1.0]
 
 
@@ -341,16 +236,3 @@ def test_extreme_activations_stay_finite(rng):
     build(elementwise.make_silu_mul(width))(gate_up, gated)
     assert np.isfinite(gated).all()
     assert (np.abs(gated[x == -1e4]) < 1e-20).all()
-
-
-def test_attention_with_one_huge_score_stays_finite(rng):
-    h = attention.Heads(layers=1, heads=4, kv_heads=2, head_dim=32, dtype="float32")
-    append, attend_kernel = build(attention.make_rope_append(h)), build(attention.make_attention(h))
-    pages, table = np.zeros((1, 2, 2, 2, 16, 32), np.float32), np.array([[0, 1]], np.int32)
-    qkv, n = rng.normal(size=(20, h.width)).astype(np.float32), 20
-    qkv[7] *= 1e4
-    rope = np.concatenate([np.ones((n, 16)), np.zeros((n, 16))], -1).astype(np.float32)
-    positions, rows, y = np.arange(n, dtype=np.int32), np.zeros(n, np.int32), np.zeros((n, 128), np.float32)
-    append(qkv, pages, rope, positions, rows, table, 0)
-    attend_kernel(qkv, pages, positions, rows, table, 0, y)
-    assert np.isfinite(y).all()

@@ -55,7 +55,8 @@ def test_target_recipes_are_targets_with_the_features_that_they_promise():
     promised = {
         "x86-64-v3": ("avx2", "avx512f"),
         "x86-64-v4": ("avx512f", "avx512vnni"),
-        "x86-64-v4-vnni": ("avx512vnni", "amx-int8"),
+        "x86-64-v4-vnni": ("avx512vnni", "avx512bf16"),
+        "x86-64-v4-bf16": ("avx512bf16", "amx-int8"),
         "aarch64": ("neon", "sve"),
     }
     for name, (present, absent) in promised.items():

@@ -74,6 +74,13 @@ def test_libraries_of_several_levels(parts: Parts, tmp_path: Path) -> None:
     assert library["memory"] == {"batch_decode": 2048}
     wanted = "| libraries | x86-64-v4, x86-64-v3: the first that the processor can run is used |"
     assert wanted in (package.root / "README.md").read_text()
+    half = {**level, "kv": {**level["kv"], "dtype": "bfloat16"}}
+    parts.write(better / "library.json", half)
+    package = parts.package(tmp_path / "half", levels={"x86-64-v4": better})
+    assert json.loads((package.root / "manifest.json").read_text())["library"]["kv"] == level["kv"]
+    parts.write(better / "library.json", {**level, "kv": {**level["kv"], "dtype": "float32"}})
+    with pytest.raises(PackageError, match="^the library for x86-64-v4 differs from the others in kv\n"):
+        parts.package(tmp_path / "other", levels={"x86-64-v4": better})
     parts.write(better / "library.json", {**level, "vocab_size": 9, "abi": 2})
     with pytest.raises(PackageError, match="^the library for x86-64-v4 differs from the others in abi, vocab_size\n"):
         parts.package(tmp_path / "other", levels={"x86-64-v4": better})

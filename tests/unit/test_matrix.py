@@ -62,6 +62,7 @@ def test_comma_lists_and_globs_fill_up_from_the_default():
     ("machine", "target"),
     [
         ({}, "x86-64-v4-vnni"),
+        ({"flags": V4 + " avx512_vnni avx512_bf16"}, "x86-64-v4-bf16"),
         ({"flags": V4}, "x86-64-v4"),
         ({"flags": V3 + " avx512f avx512_vnni"}, "x86-64-v3"),
         ({"flags": "fp asimd", "arch": "aarch64"}, "aarch64"),

@@ -79,7 +79,7 @@ def run_nothing(package: Path, variables: dict[str, str]) -> None:
 
 def test_a_package_of_several_levels_shares_their_libraries() -> None:
     plan = make_plan(target="x86-64")
-    levels = ("x86-64-v4-vnni", "x86-64-v3-vnni", "x86-64-v4")
+    levels = ("x86-64-v4-bf16", "x86-64-v4-vnni", "x86-64-v3-vnni", "x86-64-v4")
     package = plan.actions["package:tiny/q4f16_1/x86-64"]
     assert package.after == (
         "compile:tiny/q4f16_1/x86-64",

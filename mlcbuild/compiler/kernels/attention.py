@@ -1,8 +1,12 @@
 """Paged attention on the CPU: rotate and append, then causal attention straight over the pages.
 
-Pages are one tensor [layers, pages, 2, kv_heads, 16, head_dim] of float16 or float32. A V page is [16][head_dim]; a K
-page holds the same bytes as [head_dim][16], so that one vector is sixteen positions and scores need no horizontal sum.
-`rows[m]` is the line of token m in the page table, `positions[m]` its place in the sequence.
+`rows[m]` is the line of token m in the page table, `positions[m]` its place in the sequence. What a page holds and how
+it is multiplied is for kv_pages.py.
+
+One pass over the context in blocks of eight pages, which stay in L1 while all lanes (a token and a query head each)
+read them: scores, their softmax against the largest score so far, values; then the results so far shrink by what the
+new largest score takes off. Blocks begin at fixed positions and lanes never mix: a token's result is the same to the
+last bit, whatever else is in the call.
 """
 
 from __future__ import annotations
@@ -17,60 +21,30 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from mlcbuild.compiler.kernels import tir
+from mlcbuild.compiler.kernels.attention_out import Out, make_out
 from mlcbuild.compiler.kernels.benchmark import MOST_SEQUENCES, Benchmark, Setting
-from mlcbuild.compiler.kernels.quantize_rows import GROUP, block_rows, code_args, find_entry, groups, store_group
-from mlcbuild.compiler.kernels.tir import Accumulator, Expr, f32, fma, put, put2, spread, to_f32, vec, vec2
+from mlcbuild.compiler.kernels.kv_pages import PAGE, Heads, Kind, Later, Place, choose_dtype, make_kind
+from mlcbuild.compiler.kernels.tir import Accumulator, Expr, div, f32, keep, mod, put, put2, spread, vec, vec2
 
-PAGE = 16
-TOKENS = 4  # consecutive tokens of one sequence that share each load of K
-AHEAD = 4  # pages asked for in advance: one is too short, more is no better
-REGISTERS = 16  # vectors of partial sums that a loop keeps
+BLOCK = 8  # pages
+LANES = 16  # whose scores are summed at once: as many vectors as registers hold
+VALUE_LANES = 4  # whose values are, in as many columns as fit SUMS registers
+SUMS = 16
+TASK_LANES = 64  # of one task in a call of MANY tokens; else as few as LANES, for more tasks
+MANY = 64
 CHUNK = 512  # tokens of a prompt that a benchmark gives at once
-
-
-@dataclass(frozen=True)
-class Heads:
-    """Shape of one attention layer and the dtype of its pages."""
-
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    dtype: str
-
-    @property
-    def width(self) -> int:
-        """Columns of the fused q/k/v rows."""
-        return (self.heads + 2 * self.kv_heads) * self.head_dim
-
-    @property
-    def shared(self) -> int:
-        """Query heads per key/value head."""
-        return self.heads // self.kv_heads
-
-
-def _pages(h: Heads) -> Expr:
-    return tir.arg("pages", (h.layers, tir.size("page_count"), 2, h.kv_heads, PAGE, h.head_dim), h.dtype)
-
-
-def _where() -> tuple[Expr, Expr, Expr, Expr]:
-    """positions, rows, table and the layer number; the table's width bounds the pages of a sequence."""
-    n = tir.size("n")
-    positions, rows = tir.arg("positions", (n,), "int32"), tir.arg("rows", (n,), "int32")
-    table = tir.arg("table", (tir.size("sequences"), tir.size("max_pages")), "int32")
-    return positions, rows, table, T.arg("layer", T.int64())
+NOTHING = -1e30  # the score of a position that a token does not see
 
 
 def make_rope_append(h: Heads) -> tirx.PrimFunc:
     """(qkv f32 [n, width] in place, pages in place, rope f32 [n, d], positions, rows, table, layer)."""
-    d, half = h.head_dim, h.head_dim // 2
-    per_line = d // PAGE  # head dimensions of a K page that share one line of the tensor
+    kind, d, half = make_kind(h), h.head_dim, h.head_dim // 2
 
     def body() -> None:
         n = tir.size("n")
-        qkv, pages = tir.arg("qkv", (n, h.width), "float32"), _pages(h)
+        qkv, pages = tir.arg("qkv", (n, h.width), "float32"), _pages_arg(h, kind)
         rope = tir.arg("rope", (n, d), "float32")
-        positions, rows, table, layer = _where()
+        positions, rows, table, layer = _where_args()
 
         def rotate(m: Expr, head: Expr) -> None:
             for i in range(0, half, 16):
@@ -82,22 +56,18 @@ def make_rope_append(h: Heads) -> tirx.PrimFunc:
 
         def append(m: Expr) -> None:
             position = T.bind(T.cast(positions[m], "int64"))
-            page = T.bind(T.cast(table[T.cast(rows[m], "int64"), position // PAGE], "int64"))
-            slot = T.bind(position % PAGE)
+            page = T.bind(T.cast(table[T.cast(rows[m], "int64"), div(position, PAGE)], "int64"))
+            slot = T.bind(mod(position, PAGE))
             with T.serial(h.heads + h.kv_heads) as head:
                 rotate(m, head)
             with T.serial(h.kv_heads) as head:
-                k, v = (h.heads + head) * d, (h.heads + h.kv_heads + head) * d
-                with T.serial(d) as i:
-                    at = [layer, page, 0, head, i // per_line, i % per_line * PAGE + slot]
-                    T.buffer_store(pages, T.cast(qkv[m, k + i], h.dtype), at)
-                for i in range(0, d, 16):
-                    value = T.cast(vec2(qkv, m, v + i), f"{h.dtype}x16")
-                    T.buffer_store(pages, value, [layer, page, 1, head, slot, T.ramp(i, 1, 16)])
+                columns = (h.heads + head) * d, (h.heads + h.kv_heads + head) * d
+                kind.append(qkv, m, columns, Place(pages, layer, page, head), slot)
 
         with tir.root():
             tir.begin()
-            tir.for_each_row(n, append)
+            with kind.instructions():
+                tir.for_each_row(n, append)
 
     return tir.make_prim_func(body)
 
@@ -105,211 +75,253 @@ def make_rope_append(h: Heads) -> tirx.PrimFunc:
 def make_attention(h: Heads, *, zero: int | None = None) -> tirx.PrimFunc:
     """(qkv f32 [n, width] with q rotated, pages, positions, rows, table, layer, y f32 [n, heads d]).
 
-    Token m attends to positions 0 ... positions[m] of its sequence. Two passes: all scores into a scratch, then the
-    values; parallel over (key/value head, four tokens). With `zero`, the code of weight 0 in the next matmul, y is
-    written as int8 codes, scales and corrections (see quantize_rows.py), which saves that matmul a kernel.
+    Token m attends to positions 0 ... positions[m] of its sequence. Parallel over key/value heads and tokens; those of
+    a task that follow each other in one sequence share what they read. With `zero`, the code of
+    weight 0 in the next matmul, y is written as int8 codes, scales and corrections (see quantize_rows.py), which saves
+    that matmul a kernel.
     """
+    kind = make_kind(h)
+    most, few = max(1, TASK_LANES // h.shared), max(1, LANES // h.shared)
 
     def body() -> None:
         n = tir.size("n")
-        qkv, pages = tir.arg("qkv", (n, h.width), "float32"), _pages(h)
-        positions, rows, table, layer = _where()
-        out = _Plain(h, n) if zero is None else _Codes(h, n, zero)
-        max_pages = table.shape[1]
-        at_once = next(t for t in (TOKENS, 2, 1) if t * min(h.shared, REGISTERS) <= REGISTERS)
-        kernel = _Kernel(h, qkv, pages, positions, rows, table, layer, out)
+        qkv, pages = tir.arg("qkv", (n, h.width), "float32"), _pages_arg(h, kind)
+        positions, rows, table, layer = _where_args()
+        out = make_out(h, n, most, zero)
         with tir.root():
             tir.begin()
-            blocks = (n + TOKENS - 1) // TOKENS
-            with T.parallel(blocks * h.kv_heads) as task:
-                head, first = T.bind(task // blocks), T.bind(task % blocks * TOKENS)
+            tokens = T.bind(T.Select(n >= MANY, T.int64(most), T.int64(few)))
+            tasks = T.bind(div(n + tokens - 1, tokens))
+            with kind.instructions(), T.parallel(tasks * h.kv_heads) as task:
+                head, begin = keep(div(task, tasks)), keep(mod(task, tasks) * tokens)
+                end = keep(T.min(begin + tokens, n))
                 out.begin()
-                scores = tir.scratch(max_pages * (at_once * min(h.shared, REGISTERS) * 16))
-                last = T.bind(T.min(first + (TOKENS - 1), n - 1))
-                together = (last - first == TOKENS - 1) & (rows[first] == rows[last])
-                together = together & (positions[last] - positions[first] == TOKENS - 1)
-                with T.If(together):
-                    with T.Then(), T.serial(TOKENS // at_once) as i:
-                        kernel.tokens(head, first + i * at_once, at_once, scores)
-                    with T.Else(), T.serial(last - first + 1) as i:
-                        kernel.tokens(head, first + i, 1, scores)
+                call = _Call(h, kind, qkv, pages, positions, rows, table, layer, out)
+                with T.serial(end - begin) as i:
+                    first = keep(begin + i)
+                    with T.If((i == 0) | _breaks(positions, rows, first)), T.Then():
+                        count = _count_run(positions, rows, first, end)
+                        with T.If(count == 1):
+                            with T.Then():
+                                _Run(call, head, first, T.int64(1), 1, _narrow(h)).emit()
+                            with T.Else():
+                                _Run(call, head, first, count, most, LANES).emit()
+                        out.end(count, first, head)
 
     return tir.make_prim_func(body)
 
 
-class _Plain:
-    """Results as they are."""
-
-    def __init__(self, h: Heads, n: Expr) -> None:
-        self.y = tir.arg("y", (n, h.heads * h.head_dim), "float32")
-
-    def begin(self) -> None:
-        """Nothing is kept."""
-
-    def store(self, token: int, first: Expr, head: Expr, column: Expr, value: Expr) -> None:
-        """Sixteen results of token `first + token` and a query of key/value head `head`, from a column of y on."""
-        put2(self.y, first + token, column, value)
-
-    def end(self, count: int, first: Expr, head: Expr) -> None:
-        """Everything is stored."""
+def _pages_arg(h: Heads, kind: Kind) -> Expr:
+    return tir.arg("pages", (h.layers, tir.size("page_count"), 2, h.kv_heads, PAGE, h.head_dim), kind.stored)
 
 
-class _Codes:
-    """Results as int8 codes: those of a key/value head's tokens are gathered, then quantized group by group."""
-
-    def __init__(self, h: Heads, n: Expr, zero: int) -> None:
-        self.n, self.width, self.mine, self.zero = n, h.heads * h.head_dim, h.shared * h.head_dim, zero
-        self.args = code_args(self.width)
-
-    def begin(self) -> None:
-        """Memory of one task."""
-        self.gathered = tir.scratch(TOKENS * self.mine)
-
-    def store(self, token: int, first: Expr, head: Expr, column: Expr, value: Expr) -> None:
-        """See _Plain."""
-        put(self.gathered, token * self.mine + column - head * self.mine, value)
-
-    def end(self, count: int, first: Expr, head: Expr) -> None:
-        """Quantize the results of `count` tokens; whoever has the last group of a row zeroes what pads it."""
-        per_token, per_row, block = self.mine // GROUP, groups(self.width), T.bind(block_rows(self.n))
-        # a count that LLVM does not know: unrolled, this would take longer to compile than all the rest
-        with T.serial(T.min(self.n - first, T.int64(count)) * per_token) as i:
-            t, g = T.bind(i // per_token), T.bind(i % per_token)
-            at = find_entry(first + t, block, per_row)
-            halves = [T.bind(vec(self.gathered, i * GROUP + half)) for half in (0, 16)]
-            store_group(halves, T.bind(at + (head * per_token + g) * block), *self.args, self.zero)
-            for padding in range(self.width // GROUP, per_row):
-                with T.If(head * per_token + g == self.width // GROUP - 1), T.Then():
-                    store_group([f32(0), f32(0)], at + padding * block, *self.args, self.zero)
+def _where_args() -> tuple[Expr, Expr, Expr, Expr]:
+    """positions, rows, table and the layer number; the table's width bounds the pages of a sequence."""
+    n = tir.size("n")
+    positions, rows = tir.arg("positions", (n,), "int32"), tir.arg("rows", (n,), "int32")
+    table = tir.arg("table", (tir.size("sequences"), tir.size("max_pages")), "int32")
+    return positions, rows, table, T.arg("layer", T.int64())
 
 
-class _Kernel:
-    """The buffers of one attention call, and the code for some tokens of one key/value head."""
+def _breaks(positions: Expr, rows: Expr, m: Expr) -> Expr:
+    """Whether token m does not follow token m - 1 in one sequence."""
+    return (rows[m] != rows[m - 1]) | (positions[m] != positions[m - 1] + 1)
 
-    def __init__(
-        self,
-        h: Heads,
-        qkv: Expr,
-        pages: Expr,
-        positions: Expr,
-        rows: Expr,
-        table: Expr,
-        layer: Expr,
-        out: _Plain | _Codes,
-    ) -> None:
-        self.h, self.qkv, self.pages, self.positions, self.out, self.layer = h, qkv, pages, positions, out, layer
-        self.rows, self.table = rows, table
 
-    def tokens(self, head: Expr, first: Expr, count: int, scores: Expr) -> None:
-        """`count` consecutive tokens of one sequence, from `first`; query heads in groups that fit the registers."""
-        line = T.bind(T.cast(self.rows[first], "int64"))
-        used = T.bind(T.cast(self.positions[first + (count - 1)], "int64") // PAGE + 1)
-        for start in range(0, self.h.shared, REGISTERS):
-            queries = range(start, min(start + REGISTERS, self.h.shared))
-            lanes = [(t, head * self.h.shared + q) for t in range(count) for q in queries]
-            largest = self._scores(lanes, head, first, line, used, scores)
-            sums = self._softmax(largest, used, scores)
-            for t in range(count):
-                mine = [i for i, (token, _) in enumerate(lanes) if token == t]
-                self._values(lanes, mine, sums, head, first, line, scores)
-        self.out.end(count, first, head)
+def _count_run(positions: Expr, rows: Expr, first: Expr, end: Expr) -> Expr:
+    """How many tokens from `first` on follow each other, at least one."""
+    count = tir.scratch(1, "int64")
+    T.buffer_store(count, T.int64(1), [0])
+    with T.serial(end - first - 1) as i:
+        m = T.bind(first + 1 + i)
+        with T.If((count[0] == i + 1) & tirx.Not(_breaks(positions, rows, m))), T.Then():
+            T.buffer_store(count, i + 2, [0])
+    return count[0]
 
-    def _page(self, line: Expr, b: Expr) -> Expr:
-        return T.cast(self.table[line, b], "int64")
 
-    def _prefetch(self, page: Expr, kind: int, head: Expr, row: Expr) -> None:
-        line = 64 // (2 if self.h.dtype == "float16" else 4)
-        for i in range(0, self.h.head_dim, line):
-            tir.prefetch(T.address_of(self.pages[self.layer, page, kind, head, row, i]))
+def _narrow(h: Heads) -> int:
+    """Lanes at once for a lone token: its query heads, in equal parts of at most LANES."""
+    parts = -(-h.shared // LANES)
+    each = -(-h.shared // parts)
+    return each if each <= VALUE_LANES else -(-each // VALUE_LANES) * VALUE_LANES
 
-    def _scores(
-        self, lanes: list[tuple[int, Expr]], head: Expr, first: Expr, line: Expr, used: Expr, scores: Expr
-    ) -> list[Expr]:
-        """scores[page][lane][16] = q . k * log2(e) / sqrt(d), -1e30 beyond the token; returns each lane's maximum."""
-        d, count = self.h.head_dim, len(lanes)
-        per_line, scale = d // PAGE, f32(math.log2(math.e) / math.sqrt(d))
-        largest = [Accumulator(f32(-1e30)) for _ in lanes]
-        with T.serial(used) as b:
-            page, later = T.bind(self._page(line, b)), T.bind(self._page(line, T.min(b + AHEAD, used - 1)))
-            acc = [Accumulator() for _ in lanes]
-            with T.serial(PAGE) as row:
-                self._prefetch(later, 0, head, row)
-                for u in range(per_line):
-                    k = T.bind(to_f32(self.pages[self.layer, page, 0, head, row, T.ramp(u * 16, 1, 16)]))
-                    for a, (t, q) in zip(acc, lanes, strict=True):
-                        a.set(fma(k, spread(self.qkv[first + t, q * d + row * per_line + u]), a.get()))
-            at = T.bind(spread(T.cast(b, "int32") * PAGE) + T.ramp(T.int32(0), 1, 16))
-            for i, (t, _) in enumerate(lanes):
-                seen = at <= spread(self.positions[first + t])
-                z = T.bind(T.Select(seen, acc[i].get() * scale, f32(-1e30)))
-                largest[i].set(tir.maximum(largest[i].get(), z))
-                put(scores, (b * count + i) * 16, z)
-        return [T.bind(tir.reduce_max(a.get())) for a in largest]
 
-    def _softmax(self, largest: list[Expr], used: Expr, scores: Expr) -> list[Expr]:
-        """Scores to unnormalised probabilities in place; returns 1 / sum of each lane."""
-        count = len(largest)
-        sums = [Accumulator() for _ in largest]
-        with T.serial(used) as b:
-            for i, top in enumerate(largest):
-                p = T.bind(tir.exp2(vec(scores, (b * count + i) * 16) - spread(top)))
-                sums[i].set(sums[i].get() + p)
-                put(scores, (b * count + i) * 16, p)
-        return [T.bind(T.float32(1) / tir.reduce_sum(s.get())) for s in sums]
+@dataclass
+class _Call:
+    """The buffers of one call."""
 
-    def _values(
-        self,
-        lanes: list[tuple[int, Expr]],
-        mine: list[int],
-        sums: list[Expr],
-        head: Expr,
-        first: Expr,
-        line: Expr,
-        scores: Expr,
-    ) -> None:
-        """y of one token: probabilities times V, a few head dimensions at a time so that sums stay in registers."""
-        d, count = self.h.head_dim, len(lanes)
-        token = first + lanes[mine[0]][0]
-        length = T.bind(T.cast(self.positions[token], "int64") + 1)
-        step = max(1, REGISTERS // len(mine)) * 16
-        for c in range(0, d, step):
-            columns = range(c, min(c + step, d), 16)
-            acc = [[Accumulator() for _ in columns] for _ in mine]
+    h: Heads
+    kind: Kind
+    qkv: Expr
+    pages: Expr
+    positions: Expr
+    rows: Expr
+    table: Expr
+    layer: Expr
+    out: Out
 
-            with T.serial(length // PAGE) as b:
-                page = T.bind(self._page(line, b))
-                later = T.bind(self._page(line, T.min(b + AHEAD, length // PAGE - 1)))
-                with T.serial(PAGE) as slot:
-                    if c == 0:
-                        self._prefetch(later, 1, head, slot)
-                    self._add_value(acc, [scores[(b * count + i) * 16 + slot] for i in mine], columns, page, head, slot)
-            with T.serial(length % PAGE) as slot:
-                weights = [scores[(length // PAGE * count + i) * 16 + slot] for i in mine]
-                self._add_value(acc, weights, columns, self._page(line, length // PAGE), head, slot)
-            for i, sums_of_query in zip(mine, acc, strict=True):
-                for j, a in zip(columns, sums_of_query, strict=True):
-                    self.out.store(lanes[i][0], first, head, lanes[i][1] * d + j, a.get() * spread(sums[i]))
 
-    def _add_value(
-        self, acc: list[list[Accumulator]], weights: list[Expr], columns: range, page: Expr, head: Expr, slot: Expr
-    ) -> None:
-        """acc[query][column] += weight[query] * V[slot][column]."""
-        line = [self.pages[self.layer, page, 1, head, slot, T.ramp(j, 1, 16)] for j in columns]
-        values = [T.bind(to_f32(v)) for v in line]
-        for weight, of_query in zip(weights, acc, strict=True):
-            p = spread(weight)
-            for v, a in zip(values, of_query, strict=True):
-                a.set(fma(v, p, a.get()))
+class _Run:
+    """`count` tokens that follow each other (at most `most`) and one key/value head, `width` lanes at a time."""
+
+    def __init__(self, call: _Call, head: Expr, first: Expr, count: Expr, most: int, width: int) -> None:
+        self.call, self.head, self.first, self.most, self.width = call, head, first, most, width
+        h, kind = call.h, call.kind
+        self.d, self.shared, self.step = h.head_dim, h.shared, min(width, VALUE_LANES)
+        self.line = keep(T.cast(call.rows[first], "int64"))
+        self.last = keep(T.cast(call.positions[first + count - 1], "int64"))
+        after = keep(first + count)
+        wraps = T.bind(after >= call.rows.shape[0])
+        self.next_line = keep(T.cast(call.rows[T.Select(wraps, T.int64(0), after)], "int64"))
+        self.next_head = keep(T.min(head + T.cast(wraps, "int64"), T.int64(h.kv_heads - 1)))
+        self.lanes = keep(count * h.shared)
+        self.groups = keep(div(self.lanes + (width - 1), width))
+        room = -(-most * h.shared // width) * width
+        self.queries = tir.scratch(room * self.d, kind.number)
+        self.weights = tir.scratch(room * BLOCK * PAGE, kind.number)
+        self.scores = tir.scratch(width * BLOCK * PAGE)
+        self.results, self.totals = tir.scratch(room * self.d), tir.scratch(room * 16)
+        self.largest, self.shrink = tir.scratch(room), tir.scratch(room * 16)
+        self.limits = tir.scratch(room, "int32")  # the last position that a lane sees
+
+    def emit(self) -> None:
+        """The whole computation."""
+        with T.serial(self.groups * self.width) as lane:
+            self._start(lane)
+        with T.serial(div(self.last, PAGE * BLOCK) + 1) as block:
+            with T.serial(self.groups) as g:
+                first = T.bind(g * self.width)
+                pages = keep(self._count_pages(block, first + (self.width - 1)))
+                self._score(block, pages, first)
+                with T.serial(self.width // self.step) as part:
+                    self._weigh(first, part * self.step)
+            with T.serial(self.groups * (self.width // self.step)) as g:
+                first = T.bind(g * self.step)
+                pages = keep(self._count_pages(block, first + (self.step - 1)))
+                with T.If(pages > 0), T.Then():
+                    self._add_values(block, pages, first)
+        with T.serial(self.lanes) as lane:
+            self._finish(lane)
+
+    def _start(self, lane: Expr) -> None:
+        """The lane's query times log2(e) / sqrt(d), and nothing added up; those beyond the last repeat it."""
+        lane_of = keep(T.min(lane, self.lanes - 1))
+        token, d = keep(self.first + div(lane_of, self.shared)), self.d
+        column = keep((self.head * self.shared + mod(lane_of, self.shared)) * d)
+        scale = f32(math.log2(math.e) / math.sqrt(d))
+        for c in range(0, d, 16):
+            put(self.queries, lane * d + c, self.call.kind.make_number(vec2(self.call.qkv, token, column + c) * scale))
+            put(self.results, lane * d + c, f32(0))
+        put(self.totals, lane * 16, f32(0))
+        T.buffer_store(self.largest, T.float32(NOTHING), [lane])
+        T.buffer_store(self.limits, self.call.positions[token], [lane])
+
+    def _count_pages(self, block: Expr, lane: Expr) -> Expr:
+        """Pages of the block that the lane sees."""
+        pages = div(T.cast(self.limits[lane], "int64"), PAGE) + 1 - block * BLOCK
+        return T.max(T.min(pages, T.int64(BLOCK)), T.int64(0))
+
+    def _place(self, b: Expr) -> Place:
+        page = keep(T.cast(self.call.table[self.line, b], "int64"))
+        return Place(self.call.pages, self.call.layer, page, self.head)
+
+    def _ask_values(self, place: Place) -> Later:
+        """While a lone token's scores are made, ask for the values of the page; many tokens find them in the cache."""
+        return (lambda row: place.prefetch(1, row)) if self.most == 1 else (lambda row: None)
+
+    def _ask_keys(self, b: Expr) -> Later:
+        """Likewise for the keys of page b of the sequence or, past its end, of the run that comes next."""
+        if self.most > 1:
+            return lambda row: None
+        ends = T.bind(b > div(self.last, PAGE))
+        line, head = T.Select(ends, self.next_line, self.line), T.Select(ends, self.next_head, self.head)
+        page = keep(T.cast(self.call.table[line, T.Select(ends, mod(b, BLOCK), b)], "int64"))
+        place = Place(self.call.pages, self.call.layer, page, keep(head))
+        return lambda row: place.prefetch(0, row)
+
+    def _score(self, block: Expr, pages: Expr, first: Expr) -> None:
+        """scores[lane][page][16] of a group of lanes; the first one asks for the values."""
+        with T.serial((BLOCK - pages) * self.width) as i:
+            put(self.scores, (mod(i, self.width) * BLOCK + pages + div(i, self.width)) * PAGE, f32(NOTHING))
+        with T.serial(pages) as b:
+            place = self._place(block * BLOCK + b)
+            sums = [Accumulator() for _ in range(self.width)]
+            offsets = [(first + i) * self.d for i in range(self.width)]
+            self.call.kind.score(sums, self.queries, offsets, place, self._ask_values(place))
+            start = T.bind(T.cast(block * BLOCK + b, "int32") * PAGE)
+            for i, a in enumerate(sums):
+                put(self.scores, (i * BLOCK + b) * PAGE, a.get())
+            with T.If(start + (PAGE - 1) > self.limits[first]), T.Then(), T.serial(self.width) as i:
+                at = T.bind((i * BLOCK + b) * PAGE)
+                seen = spread(start) + T.ramp(T.int32(0), 1, 16) <= spread(self.limits[first + i])
+                put(self.scores, at, T.Select(seen, vec(self.scores, at), f32(NOTHING)))
+
+    def _weigh(self, first: Expr, start: Expr) -> None:
+        """weights[lane][page][16]: 2^(score - largest so far); what earlier ones shrink by; their total.
+
+        A few lanes at once, since each step of one waits for the step before.
+        """
+        kind, some = self.call.kind, range(self.step)
+        lanes = [T.bind(first + start + i) for i in some]
+        before = [T.bind(self.largest[lane]) for lane in lanes]
+        tops, totals = [Accumulator(spread(x)) for x in before], [Accumulator() for _ in some]
+        for b in range(BLOCK):
+            for i, top in enumerate(tops):
+                z = T.bind(vec(self.scores, ((start + i) * BLOCK + b) * PAGE))
+                top.set(T.Select(z > top.get(), z, top.get()))
+        largest = [T.bind(tir.reduce_max(top.get())) for top in tops]
+        for b in range(BLOCK):
+            for i, total in enumerate(totals):
+                z = vec(self.scores, ((start + i) * BLOCK + b) * PAGE)
+                p = T.bind(kind.exp2(z - spread(largest[i])))
+                total.set(total.get() + p)
+                put(self.weights, (lanes[i] * BLOCK + b) * PAGE, kind.make_number(p))
+        for i, lane in enumerate(lanes):
+            shrink = T.bind(kind.exp2(spread(before[i] - largest[i])))
+            put(self.totals, lane * 16, tir.fma(vec(self.totals, lane * 16), shrink, totals[i].get()))
+            T.buffer_store(self.largest, largest[i], [lane])
+            put(self.shrink, lane * 16, shrink)
+
+    def _add_values(self, block: Expr, pages: Expr, first: Expr) -> None:
+        """results[lane][d] of a few lanes, so many columns at a time that their sums stay in registers."""
+        kind, d, count = self.call.kind, self.d, SUMS // self.step * 16
+        offsets = [(first + i) * (BLOCK * PAGE) for i in range(self.step)]
+        ends = keep(T.cast(block * BLOCK + pages - 1 == div(self.last, PAGE), "int64"))
+        for start in range(0, d, count):
+            columns = range(start, min(start + count, d), 16)
+            sums = []
+            for i in range(self.step):
+                shrink = vec(self.shrink, (first + i) * 16)
+                sums.append([Accumulator(vec(self.results, (first + i) * d + c) * shrink) for c in columns])
+            with T.serial(pages - ends) as b:
+                later = self._ask_keys((block + 1) * BLOCK + b) if start == 0 else lambda row: None
+                at = [offset + b * PAGE for offset in offsets]
+                kind.add_values(sums, columns, self.weights, at, self._place(block * BLOCK + b), later)
+            with T.If(ends == 1), T.Then():
+                b, length = pages - 1, T.cast(mod(self.last, PAGE) + 1, "int32")
+                at = [offset + b * PAGE for offset in offsets]
+                kind.add_last_values(sums, columns, self.weights, at, self._place(block * BLOCK + b), length)
+            for i, of_lane in enumerate(sums):
+                for c, a in zip(columns, of_lane, strict=True):
+                    put(self.results, (first + i) * d + c, a.get())
+
+    def _finish(self, lane: Expr) -> None:
+        """Hand over the lane's results, divided by its total."""
+        inverse = T.bind(T.float32(1) / tir.reduce_sum(vec(self.totals, lane * 16)))
+        column = keep((self.head * self.shared + mod(lane, self.shared)) * self.d)
+        for c in range(0, self.d, 16):
+            value = vec(self.results, lane * self.d + c) * spread(inverse)
+            self.call.out.store(T.bind(div(lane, self.shared)), self.first, self.head, column + c, value)
 
 
 def list_benchmarks(s: Setting) -> Iterator[Benchmark]:
     """Append, decode of so many sequences, and a prompt's chunk, over shuffled pages; one layer at a time."""
-    h = Heads(1, s.heads, s.kv_heads, s.head_dim, s.quantization.dtype)
+    h = Heads(1, s.heads, s.kv_heads, s.head_dim, choose_dtype(s.quantization, s.requires))
     append, attend = make_rope_append(h), make_attention(h)
     for n in (n for n in s.rows if n <= MOST_SEQUENCES):
         decode = _place([s.context] * n, [1] * n)
         sizes = {"n": n, "sequences": n, "max_pages": decode["table"].shape[1], "page_count": decode["table"].size}
-        item = np.dtype(h.dtype).itemsize
+        item = np.dtype(make_kind(h).stored).itemsize
         read = n * (s.context + 1) * 2 * h.kv_heads * h.head_dim * item
         work = 4 * n * (s.context + 1) * h.heads * h.head_dim
         yield Benchmark(f"append, {n} sequences", append, sizes, values=decode, nbytes=n * h.width * (4 + item))

@@ -73,6 +73,23 @@ def for_each_row(n: Expr, emit: Callable[[Expr], None]) -> None:
             emit(row)
 
 
+def div(a: Expr, b: Expr) -> Expr:
+    """a // b of numbers that are not negative: to prove that of a floor takes TVM seconds."""
+    return T.truncdiv(a, b)
+
+
+def mod(a: Expr, b: Expr) -> Expr:
+    """a % b, likewise."""
+    return T.truncmod(a, b)
+
+
+def keep(value: Expr) -> Expr:
+    """An integer in a register of its own: what TVM knows of a bound one it works out anew for every buffer access."""
+    held = scratch(1, str(value.expr_ty()))
+    T.buffer_store(held, value, [0])
+    return held[0]
+
+
 class Accumulator:
     """One vector register: a buffer of constant index, which LLVM promotes to a register."""
 
@@ -159,8 +176,8 @@ def prefetch(address: Expr, *, write: bool = False) -> None:
 
 
 def exp2(x: Expr) -> Expr:
-    """2^x per lane, |x| clamped to 126; relative error < 3e-7 (T.exp would become sixteen calls of expf)."""
-    x = T.bind(T.min(maximum(x, f32(-126)), f32(126)))
+    """2^x per lane, 0 below -126.5, at most 2^126; relative error < 3e-7 (T.exp would become sixteen calls of expf)."""
+    x = T.bind(T.min(maximum(x, f32(-127)), f32(126)))
     n = T.bind(call(F32, "nearbyint", x))
     r = T.bind(x - n)
     p = f32(1.5403530e-4)

@@ -1,0 +1,186 @@
+"""Attention over pages against numpy: every kind of page, over shapes with tails; needs TVM."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tvm
+from kernel_calls import build, codes_for
+
+from engine.machine import get_cpu_features
+from mlcbuild.compiler.kernels import attention, bf16, quantize_rows
+from mlcbuild.compiler.kernels.kv_pages import Heads, choose_dtype, make_kind
+from mlcbuild.recipes.schema import Quantization
+
+HAS_BF16 = bf16.FEATURE in (get_cpu_features() or ())
+needs_bf16 = pytest.mark.skipif(not HAS_BF16, reason="this processor has no AVX512-BF16")
+DTYPES = ["float32", "float16", pytest.param("bfloat16", marks=needs_bf16)]
+SHAPES = [(8, 4, 32), (8, 2, 64), (7, 1, 64), (2, 2, 128), (20, 1, 32), (5, 5, 96)]
+CASES = [
+    *(("float32", *shape) for shape in SHAPES),
+    *(("float16", *shape) for shape in SHAPES[1:3]),
+    *(pytest.param("bfloat16", *shape, marks=needs_bf16) for shape in SHAPES[1:]),
+]
+# of the L2 norm: keys and values are rounded as they are kept, for bfloat16 queries and weights too
+TOLERANCES = {"float32": 2e-6, "float16": 5e-4, "bfloat16": 4e-3}
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+def make(kernel, h, **options):
+    """A kernel for pages of this dtype."""
+    return build(kernel(h, **options), "x86-64-v4-bf16" if h.dtype == "bfloat16" else None)
+
+
+def make_pages(h, count):
+    """Pages of NaN: what was never written must never be read."""
+    stored = make_kind(h).stored
+    shape = (h.layers, count, 2, h.kv_heads, 16, h.head_dim)
+    return np.full(shape, 0x7FC0 if stored == "uint16" else np.nan, stored)
+
+
+def make_rope(rng, n, d):
+    """(table, cos, sin) of random angles."""
+    angle = rng.normal(size=(n, d // 2)).astype(np.float32)
+    return np.concatenate([np.cos(angle), np.sin(angle)], -1), np.cos(angle)[:, None], np.sin(angle)[:, None]
+
+
+def attend(q, positions, rows, history):
+    """numpy: token m sees its own sequence up to its position; history is {row: [2, length, kv_heads, d]}."""
+    out = np.zeros(q.shape)
+    for m, (position, row) in enumerate(zip(positions, rows, strict=True)):
+        for head in range(q.shape[1]):
+            source = head // (q.shape[1] // history[row][0].shape[1])
+            keys, values = (t[: position + 1, source].astype(np.float64) for t in history[row])
+            scores = keys @ q[m, head] / np.sqrt(q.shape[2])
+            p = np.exp(scores - scores.max())
+            out[m, head] = p @ values / p.sum()
+    return out
+
+
+@pytest.mark.parametrize(("dtype", "heads", "kv_heads", "d"), CASES)
+def test_attention_over_pages(rng, dtype, heads, kv_heads, d):
+    """Chunks of two sequences, mixed with single tokens, appended and attended through a shuffled page table."""
+    h = Heads(layers=2, heads=heads, kv_heads=kv_heads, head_dim=d, dtype=dtype)
+    append, attend_kernel = make(attention.make_rope_append, h), make(attention.make_attention, h)
+    pages, table = make_pages(h, 40), rng.permutation(40).astype(np.int32).reshape(2, 20)
+    untouched = pages[0].copy()
+    history = {0: None, 1: None}
+    calls = [
+        ([0] * 19, range(19)),
+        ([0] + [1] * 6, [19, *range(6)]),
+        ([0, 1], [20, 6]),
+        ([1] * 30, range(7, 37)),
+        ([0] * 40 + [1] * 30, [*range(21, 61), *range(37, 67)]),  # more than one block of pages, tasks of many tokens
+        ([1] * 90, range(67, 157)),
+        ([1], [157]),
+    ]
+    for rows, positions in calls:
+        rows, positions = np.array(rows, np.int32), np.array(positions, np.int32)
+        n = len(rows)
+        qkv = rng.normal(size=(n, h.width)).astype(np.float32)
+        rope, cos, sin = make_rope(rng, n, d)
+        x = qkv.reshape(n, heads + 2 * kv_heads, d).copy()
+        a, b = x[:, : heads + kv_heads, : d // 2].copy(), x[:, : heads + kv_heads, d // 2 :].copy()
+        x[:, : heads + kv_heads] = np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+        for m, row in enumerate(rows):
+            kv = x[m, heads:].reshape(2, 1, kv_heads, d)
+            history[row] = kv if history[row] is None else np.concatenate([history[row], kv], 1)
+        append(qkv, pages, rope, positions, rows, table, 1)
+        y = np.zeros((n, heads * d), np.float32)
+        attend_kernel(qkv, pages, positions, rows, table, 1, y)
+        wanted = attend(x[:, :heads], positions, rows, history)
+        error = np.linalg.norm(y.reshape(wanted.shape) - wanted, axis=-1) / np.linalg.norm(wanted, axis=-1)
+        assert np.sqrt((error**2).mean()) < TOLERANCES[dtype]
+        assert error.max() < 4 * TOLERANCES[dtype]
+    np.testing.assert_array_equal(pages[0], untouched)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_token_does_not_depend_on_the_others(rng, dtype):
+    """Its result is the same to the bit in a call alone, among its own sequence, and among others; on any threads."""
+    h = Heads(layers=1, heads=6, kv_heads=2, head_dim=64, dtype=dtype)
+    append, kernel = make(attention.make_rope_append, h), make(attention.make_attention, h)
+    length, table = 150, rng.permutation(20).astype(np.int32).reshape(2, 10)
+    rows, positions = np.repeat([0, 1], length).astype(np.int32), np.tile(np.arange(length), 2).astype(np.int32)
+    qkv, rope = rng.normal(size=(2 * length, h.width)).astype(np.float32), make_rope(rng, 2 * length, 64)[0]
+    written = make_pages(h, 20)
+    append(qkv, written, rope, positions, rows, table, 0)
+
+    def run(tokens):
+        y = np.zeros((len(tokens), 6 * 64), np.float32)
+        kernel(qkv[tokens], written, positions[tokens], rows[tokens], table, 0, y)
+        return y
+
+    whole = run(np.arange(2 * length))
+    assert np.isfinite(whole).all()
+    choices = [[5], [149], [0, 150], [*range(40, 60), *range(200, 203)], [*range(100, 150), 299], [*range(130, 230)]]
+    for tokens in choices:
+        np.testing.assert_array_equal(run(np.array(tokens)), whole[tokens])
+    threads = tvm.get_global_func("runtime.config_threadpool")
+    try:
+        threads(1, 1)
+        np.testing.assert_array_equal(run(np.arange(2 * length)), whole)
+    finally:
+        threads(1, 2)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "d"), [(8, 2, 64), (3, 1, 32), (5, 1, 64), (16, 1, 32)])
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_attention_quantizes_as_its_parts(rng, heads, kv_heads, d, dtype):
+    """Codes straight from attention are those of its plain results, to the last bit; also of a padded row."""
+    h = Heads(layers=1, heads=heads, kv_heads=kv_heads, head_dim=d, dtype=dtype)
+    plain, fused = make(attention.make_attention, h), make(attention.make_attention, h, zero=7)
+    quantizer = build(quantize_rows.make_quantize_rows(heads * d, zero=7))
+    numbers = rng.normal(size=(1, 12, 2, kv_heads, 16, d)).astype(np.float32)
+    pages = (numbers.view(np.uint32) >> 16).astype(np.uint16) if dtype == "bfloat16" else numbers.astype(dtype)
+    table = rng.permutation(12).astype(np.int32).reshape(2, 6)
+    for n in (1, 2, 5, 66):
+        rows, positions = np.zeros(n, np.int32), np.arange(20, 20 + n, dtype=np.int32)
+        if n == 2:
+            rows, positions = np.array([0, 1], np.int32), np.array([70, 3], np.int32)
+        qkv = rng.normal(size=(n, h.width)).astype(np.float32)
+        y, wanted, got = np.zeros((n, heads * d), np.float32), codes_for(n, heads * d), codes_for(n, heads * d)
+        for a in (*wanted, *got):
+            a[...] = 77  # what pads a row must be written too
+        plain(qkv, pages, positions, rows, table, 0, y)
+        quantizer(y, *wanted)
+        fused(qkv, pages, positions, rows, table, 0, *got)
+        for a, b in zip(wanted, got, strict=True):
+            np.testing.assert_array_equal(a, b, err_msg=f"{n} rows")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_extreme_activations_stay_finite(rng, dtype):
+    """One huge score, outliers, zeros and denormals give no NaN; a lone huge score takes all of the weight."""
+    h, n = Heads(layers=1, heads=4, kv_heads=2, head_dim=32, dtype=dtype), 140
+    append, kernel = make(attention.make_rope_append, h), make(attention.make_attention, h)
+    pages, table = make_pages(h, 9), np.arange(9, dtype=np.int32)[None]
+    qkv = rng.choice(np.array([1e4, -1e4, 0.0, 1e-40, -1e-40, 1.0], np.float32), (n, h.width))
+    qkv[0], qkv[1] = 0, 1e-40
+    qkv[130] = 1e3
+    rope = np.concatenate([np.ones((n, 16)), np.zeros((n, 16))], -1).astype(np.float32)
+    positions, rows, y = np.arange(n, dtype=np.int32), np.zeros(n, np.int32), np.zeros((n, 128), np.float32)
+    append(qkv, pages, rope, positions, rows, table, 0)
+    kernel(qkv, pages, positions, rows, table, 0, y)
+    assert np.isfinite(y).all()
+    np.testing.assert_array_equal(y[0], 0)
+    first = np.array([1e4] * 32, np.float32)
+    qkv = np.tile(np.float32(1e-3), (n, h.width)).astype(np.float32)
+    qkv[7, 128:192], qkv[:, :128] = 1e3, 1.0  # position 7 has the only large keys
+    qkv[7, 192:] = np.tile(first, 2)
+    append(qkv, pages, rope, positions, rows, table, 0)
+    kernel(qkv, pages, positions, rows, table, 0, y)
+    np.testing.assert_allclose(y[7:], 1e4, rtol=TOLERANCES[dtype])
+
+
+def test_pages_are_bfloat16_where_the_processor_multiplies_it_and_activations_may_be_rounded():
+    whole = Quantization(name="q0f16", method="plain", bits=16, dtype="float16")
+    bytes_ = whole.model_copy(update={"activations": "int8"})
+    assert choose_dtype(bytes_, ["avx512_bf16"]) == "bfloat16"
+    assert choose_dtype(bytes_, ["avx512_vnni"]) == "float16"
+    assert choose_dtype(whole, ["avx512_bf16"]) == "float16"
+    assert choose_dtype(bytes_.model_copy(update={"dtype": "float32"}), ["avx512_bf16"]) == "float32"
