@@ -11,7 +11,8 @@ from fake_models import LIMITS
 from running import Running, run_fake_server, wait_until
 
 from engine.server.chunks import ChunkMaker
-from engine.server.protocol.chat import UNSUPPORTED, ChatChunk, Delta
+from engine.server.protocol.chat import ChatChunk, Delta
+from engine.server.protocol.unsupported import UNSUPPORTED
 from engine.server.sse import make_event
 
 HI = [{"role": "user", "content": "hi"}]

@@ -1,13 +1,12 @@
 """OpenAI chat completions: the request, the whole reply, and the chunks of a streamed one.
 
 A field that we do not know is accepted and ignored, so that newer clients work; a field that we know and cannot obey
-is refused (see UNSUPPORTED), so that nothing that was asked for is dropped in silence.
+is refused (see unsupported.py), so that nothing that was asked for is dropped in silence.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -27,44 +26,12 @@ from pydantic_core import PydanticCustomError
 from engine.request import MAX_LOGPROBS
 from engine.server.protocol.structured import ResponseFormat, StructuredOutputs
 from engine.server.protocol.tools import MAX_TOOLS, ReplyToolCall, Tool, ToolCallDelta
+from engine.server.protocol.unsupported import UNSUPPORTED, find_asking
 
 # Nothing is converted: "0.5" is not a number, 1 is not true, and NaN is nothing.
 REQUEST = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 MAX_MESSAGES = 2048
 MAX_CHOICES = 16
-
-# Known fields that ask for what this server cannot do, with the values that ask for nothing.
-UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
-    "best_of": (1,),
-    "functions": ([],),
-    "function_call": ("auto", "none"),
-    "chat_template": (),
-    "modalities": (["text"],),
-    "audio": (),
-    "prediction": (),
-    "web_search_options": (),
-    # Other servers': what would change the reply, so that leaving it out in silence would be a lie.
-    "add_generation_prompt": (True,),
-    "allowed_token_ids": ([],),
-    "bad_words": ([],),
-    "continue_final_message": (False,),
-    "documents": ([],),
-    "dry_multiplier": (0,),
-    "ebnf": ("",),
-    "guided_whitespace_pattern": (),
-    "include_stop_str_in_output": (False,),
-    "length_penalty": (1,),
-    "logits_processors": ([],),
-    "min_tokens": (0,),
-    "mirostat": (0,),
-    "n_predict": (-1,),
-    "regex": ("",),
-    "repeat_penalty": (1,),  # repetition_penalty is the name here
-    "skip_special_tokens": (True,),
-    "truncate_prompt_tokens": (),
-    "use_beam_search": (False,),
-    "xtc_probability": (0,),
-}
 
 
 def join_parts(value: Any) -> Any:
@@ -241,44 +208,7 @@ class ChatRequest(BaseModel):
 
     def get_unsupported(self) -> str | None:
         """The name of a field that asks for what this server cannot do; null asks for nothing."""
-        given = self.model_extra or {}
-        return next((name for name, value in given.items() if _asks(value, UNSUPPORTED.get(name))), None)
-
-
-# Fields of a chat that may come by another protocol, which does not have them, and what asks for nothing there.
-FREE = ("stream_options", "timings")
-NOTHING: Mapping[str, tuple[Any, ...]] = {
-    "chat_template_kwargs": ({},),
-    "frequency_penalty": (0,),
-    "ignore_eos": (False,),
-    "logit_bias": ({},),
-    "logprobs": (False,),
-    "min_p": (0,),
-    "n": (1,),
-    "parallel_tool_calls": (True,),
-    "presence_penalty": (0,),
-    "reasoning_effort": ("none",),
-    "repetition_penalty": (1,),
-    "response_format": ({"type": "text"},),
-    "stop": ([],),
-    "top_k": (0,),
-    "top_logprobs": (0,),
-    "typical_p": (1,),
-}
-
-
-def find_foreign(extra: Mapping[str, Any]) -> str | None:
-    """Of fields that a protocol does not have, the name of one that would mean something in a chat; None if none."""
-    chat = {name: NOTHING.get(name, ()) for name in ChatRequest.model_fields if name not in FREE}
-    known: dict[str, tuple[Any, ...]] = {**chat, **UNSUPPORTED}
-    return next((name for name, value in extra.items() if _asks(value, known.get(name))), None)
-
-
-def _asks(value: Any, harmless: tuple[Any, ...] | None) -> bool:
-    """Whether `value` is not one of the harmless ones, where 1 is 1.0 but not true."""
-    if value is None or harmless is None:
-        return False
-    return not any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in harmless)
+        return find_asking(self.model_extra or {}, UNSUPPORTED)
 
 
 class PromptTokensDetails(BaseModel):

@@ -8,8 +8,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from engine.request import MAX_LOGPROBS
-from engine.server.protocol.chat import UNSUPPORTED, ChatRequest, Message, PromptLogprob, Timings, Usage
+from engine.server.protocol.chat import ChatRequest, Message, PromptLogprob, Timings, Usage
 from engine.server.protocol.tools import Tool
+from engine.server.protocol.unsupported import UNSUPPORTED, find_asking
 
 MAX_PROMPTS = 128
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
@@ -45,14 +46,7 @@ class CompletionRequest(ChatRequest):
     def get_unsupported(self) -> str | None:
         """The name of a field that asks for what this route cannot do; null asks for nothing."""
         given = {**(self.model_extra or {}), **{name: getattr(self, name) for name in self.model_fields_set}}
-        return next((name for name in given if name in HARMLESS and _asks(given[name], HARMLESS[name])), None)
-
-
-def _asks(value: Any, harmless: tuple[Any, ...]) -> bool:
-    """Whether `value` is not one of the harmless ones, where 1 is 1.0 but not true."""
-    if value is None:
-        return False
-    return not any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in harmless)
+        return find_asking(given, HARMLESS)
 
 
 class TextLogprobs(BaseModel):

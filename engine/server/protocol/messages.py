@@ -12,11 +12,14 @@ from pydantic import BaseModel, Field
 
 from engine import core
 from engine.errors import InvalidRequest
-from engine.server.protocol.chat import MAX_MESSAGES, REQUEST, find_foreign
+from engine.server.protocol.chat import MAX_MESSAGES, REQUEST, ChatRequest
 from engine.server.protocol.errors import ErrorBody
 from engine.server.protocol.tools import MAX_TOOLS, make_calls
+from engine.server.protocol.unsupported import find_asking, find_foreign
 from engine.text.call_format import Piece
 
+# Fields that ask for what this server cannot do, with the values that ask for nothing.
+HARMLESS: Mapping[str, tuple[Any, ...]] = {"mcp_servers": ([],), "container": ()}
 # Claude Code puts this line, another one in each request, before everything else: no prefix would ever be found again.
 BILLING = re.compile(r"\Ax-anthropic-billing-header:[^\n]*\n*")
 # Clients send thoughts back with their signature, and some take an empty one for none.
@@ -92,7 +95,7 @@ class MessagesRequest(CountRequest):
     def get_unsupported(self) -> str | None:
         """The name of a field that asks for what this server cannot do, or that only OpenAI's protocol has."""
         extra = self.model_extra or {}
-        return next((name for name in ("mcp_servers", "container") if extra.get(name)), None) or find_foreign(extra)
+        return find_asking(extra, HARMLESS) or find_foreign(extra, ChatRequest.model_fields)
 
 
 def make_chat(body: CountRequest) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from pydantic import BaseModel, Field
 
 from engine import core
 from engine.errors import InvalidRequest
-from engine.server.protocol.chat import MAX_MESSAGES, REQUEST, find_foreign
+from engine.server.protocol.chat import MAX_MESSAGES, REQUEST, ChatRequest
 from engine.server.protocol.tools import MAX_TOOLS
+from engine.server.protocol.unsupported import find_asking, find_foreign
 
 # Fields that ask for what a server without a memory cannot do, with the values that ask for nothing.
 HARMLESS: Mapping[str, tuple[Any, ...]] = {
@@ -47,10 +48,9 @@ class ResponsesRequest(BaseModel):
 
     def get_unsupported(self) -> str | None:
         """The name of a field that asks for what this server cannot do; null asks for nothing."""
-        for name, value in (self.model_extra or {}).items():
-            if name in HARMLESS and value is not None and value not in HARMLESS[name]:
-                return name
-        return find_foreign({name: value for name, value in (self.model_extra or {}).items() if name not in HARMLESS})
+        extra = self.model_extra or {}
+        others = {name: value for name, value in extra.items() if name not in HARMLESS}
+        return find_asking(extra, HARMLESS) or find_foreign(others, ChatRequest.model_fields)
 
 
 def make_chat(body: ResponsesRequest) -> dict[str, Any]:
