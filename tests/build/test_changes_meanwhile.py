@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -18,14 +19,19 @@ def project(tmp_path: Path) -> Path:
     return make_project(tmp_path / "project")
 
 
+def start_build(root: Path) -> subprocess.Popen[str]:
+    """A build that goes on beside the test."""
+    return subprocess.Popen(
+        make_command("build"), cwd=root, env=make_environment(root), stdout=-1, stderr=-1, text=True
+    )
+
+
 def build_and_edit(root: Path, step: str, file: str, old: str, new: str) -> tuple[int, str]:
     """A build that is slow in `step`, and an edit of a file in the middle of that: exit code and all that it says."""
     path = root / "tasks" / f"{step}.py"
     text = path.read_text()
     path.write_text(text.replace("def run(ctx):\n", f'def run(ctx):\n    log("{step} begins")\n    time.sleep(1.5)\n'))
-    process = subprocess.Popen(
-        make_command("build"), cwd=root, env=make_environment(root), stdout=-1, stderr=-1, text=True
-    )
+    process = start_build(root)
     wait_for_log(root, f"{step} begins")
     edited = (root / file).read_text()
     assert old in edited
@@ -88,20 +94,22 @@ def test_what_a_finished_step_was_made_of(project: Path) -> None:
 
 def test_another_build_of_other_sources(project: Path) -> None:
     """Both use the same folders. The one that began first cannot end well, and says so."""
-    package = project / "tasks/package.py"
-    package.write_text(
-        package.read_text().replace("def run(ctx):\n", 'def run(ctx):\n    log("p")\n    time.sleep(4)\n')
-    )
-    first = subprocess.Popen(
-        make_command("build"), cwd=project, env=make_environment(project), stdout=-1, stderr=-1, text=True
-    )
+    package, weights = project / "tasks/package.py", project / "artifacts/weights/m-q4-rows16/w.txt"
+    wait = 'def run(ctx):\n    log("p")\n    while not os.path.exists("go on"):\n        time.sleep(0.02)\n'
+    package.write_text(package.read_text().replace("def run(ctx):\n", wait))
+    first = start_build(project)
     wait_for_log(project, "p\n")
     (project / "recipes/models/m/weights.txt").write_text("6")
-    second = doit(project, "build")
+    second, deadline = start_build(project), time.monotonic() + 60
+    while not weights.exists() or weights.read_text() != "16":  # the second has made its own in their place
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    (project / "go on").touch()
     out, err = first.communicate(timeout=60)
     assert first.returncode == 1, out + err
     assert f"package:{VARIANT}: artifacts/weights/m-q4-rows16 changed while it ran" in out + err
-    assert second.returncode == 0, second.stdout + second.stderr
-    assert (project / "artifacts/weights/m-q4-rows16/w.txt").read_text() == "16"
+    out, err = second.communicate(timeout=60)
+    assert second.returncode == 0, out + err
+    assert weights.read_text() == "16"
     take_log(project)
     assert list_runs(project) == []
