@@ -41,7 +41,7 @@ def open_file(path: Path, flags: int) -> int:
         return os.open(path, flags, 0o644)
 
 
-def load_digest(path: Path) -> str:
+def load_digest(path: Path | str) -> str:
     """SHA-256 (hex) of a file's contents, read in blocks of 1 MiB."""
     digest = hashlib.sha256()
     buffer = bytearray(BLOCK)
@@ -106,7 +106,7 @@ class DigestMemo:
         except OSError:
             return None
 
-    def get_file_digest(self, path: Path) -> str:
+    def get_file_digest(self, path: Path | str) -> str:
         """Digest of a file's contents, from the memo when its stat is known."""
         before = get_stat(path)
         if before in self._known:
@@ -118,7 +118,7 @@ class DigestMemo:
             self._add(before, digest)
         return digest
 
-    def remember(self, path: Path, digest: str) -> None:
+    def remember(self, path: Path | str, digest: str) -> None:
         """Record the digest of a file that nobody will write to again, however young it is."""
         self._add(get_stat(path), digest)
 

@@ -27,7 +27,6 @@ from mlcbuild.graph.action import (
 )
 from mlcbuild.graph.changes import list_changes
 from mlcbuild.graph.digest import get_location, is_pattern
-from mlcbuild.graph.remote import get_remote
 from mlcbuild.graph.settings import collect_rarely
 from mlcbuild.graph.store import Blob, Record
 from mlcbuild.graph.workspace import Workspace, get_workspace
@@ -109,6 +108,8 @@ def make_forecast(workspace: Workspace, action: Action, before: Sequence[Forecas
     record = workspace.store.load_record(key)
     if record is not None and workspace.store.has_blobs(record):
         return Forecast(action, "hit", tuple(reasons), specification, record)
+    from mlcbuild.graph.remote import get_remote
+
     remote = get_remote()
     record = remote.find(key) if remote is not None else None
     if record is not None:

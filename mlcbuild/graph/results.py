@@ -76,6 +76,9 @@ class ResultLog:
         with self._open(fcntl.LOCK_SH) as handle:
             if os.write(handle, line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._path)
+            found, end = os.fstat(handle), os.lseek(handle, 0, os.SEEK_CUR)
+        if (found.st_dev, found.st_ino) == self._file and end == self._read + len(line):  # nobody else was quicker
+            self._take(line)
 
     def forget(self, task: str) -> None:
         """From here on the task has no result."""
@@ -110,7 +113,9 @@ class ResultLog:
         except FileNotFoundError:
             self._begin(0, 0)
             return
-        data = data[: data.rfind(b"\n") + 1]  # the rest is being written
+        self._take(data[: data.rfind(b"\n") + 1])  # the rest is being written
+
+    def _take(self, data: bytes) -> None:
         self._read += len(data)
         for line in data.split(b"\n"):
             if line:

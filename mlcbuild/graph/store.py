@@ -78,9 +78,10 @@ class Store:
 
     def load_record(self, key: str) -> Record | None:
         """The record of `key`, None when there is none. A record that cannot be read is quarantined."""
-        path = self._get_record_path(key)
+        path = self._locate_record(key)
         try:
-            record = make_record(json.loads(path.read_text("utf-8")))
+            with open(path, "rb") as file:
+                record = make_record(json.loads(file.read()))
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError, AttributeError):
@@ -104,23 +105,24 @@ class Store:
             text = json.dumps({"schema": SCHEMA, **asdict(record)}, indent=1, sort_keys=True)
             scratch.write_text(text, "utf-8")
             _sync(scratch)
-            os.replace(scratch, self._get_record_path(record.key))
+            os.replace(scratch, self._locate_record(record.key))
 
     def restore(self, record: Record, destination: Mapping[str, Path]) -> bool:
         """Make a record's outputs anew at the paths in `destination`; False if a blob is missing or was damaged."""
         with self.hold():
             for name, blobs in record.outputs.items():
-                folders = {(destination[name] / blob.path).parent for blob in blobs}
-                for folder in sorted(folders):
-                    folder.mkdir(parents=True, exist_ok=True)
-                for blob in blobs:
-                    source, path = self.get_blob_path(blob.sha256), destination[name] / blob.path
+                top = str(destination[name])  # joining paths as text is much faster
+                paths = {f"{top}/{blob.path}" if blob.path else top: blob for blob in blobs}
+                for folder in {os.path.dirname(path) for path in paths}:
+                    os.makedirs(folder, exist_ok=True)
+                for path, blob in paths.items():
+                    source = self._locate(blob.sha256)
                     if not self._is_intact(source, blob):
                         return False
                     share_file(source, path)
                     self._memo.remember(path, blob.sha256)
         with contextlib.suppress(OSError):  # it is gone, or another user's
-            os.utime(self._get_record_path(record.key))  # when it was last used: see upkeep.py
+            os.utime(self._locate_record(record.key))  # when it was last used: see upkeep.py
         return True
 
     def hold(self, *, alone: bool = False) -> contextlib.AbstractContextManager[None]:
@@ -129,7 +131,8 @@ class Store:
 
     def remove_record(self, key: str) -> None:
         """Forget a record; its blobs stay until nothing speaks of them."""
-        self._get_record_path(key).unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._locate_record(key))
 
     def has_blobs(self, record: Record) -> bool:
         """Whether every blob of a record is there with the right size; what is in them is looked at when restored."""
@@ -166,7 +169,7 @@ class Store:
                 self.adopt(scratch, digest)
         self._memo.remember(file, digest)
 
-    def _is_intact(self, path: Path, blob: Blob) -> bool:
+    def _is_intact(self, path: Path | str, blob: Blob) -> bool:
         """Whether the blob is there with the right contents; a damaged one is quarantined."""
         try:
             intact = os.stat(path).st_size == blob.size and self._memo.get_file_digest(path) == blob.sha256
@@ -176,19 +179,22 @@ class Store:
             self.quarantine(path)
         return intact
 
-    def quarantine(self, path: Path) -> None:
+    def quarantine(self, path: Path | str) -> None:
         """Move a damaged file out of the way."""
         folder = self.root / "quarantine"
         folder.mkdir(exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
-            os.replace(path, folder / path.name)
+            os.replace(path, folder / os.path.basename(path))
 
-    def _get_record_path(self, key: str) -> Path:
-        return self.root / "ac" / f"{key}.json"
+    def _locate_record(self, key: str) -> str:
+        return f"{self.root}/ac/{key}.json"
 
     def get_blob_path(self, digest: str) -> Path:
         """Where the blob with this SHA-256 lies, if the store has it."""
-        return self.root / "cas" / digest[:2] / digest
+        return Path(self._locate(digest))
+
+    def _locate(self, digest: str) -> str:
+        return f"{self.root}/cas/{digest[:2]}/{digest}"
 
     @contextlib.contextmanager
     def open_scratch(self, name: str) -> Iterator[Path]:
@@ -241,7 +247,7 @@ def make_blobs(logical: str, path: Path, memo: DigestMemo) -> tuple[Blob, ...]:
     return tuple(Blob(name, os.stat(file).st_size, memo.get_file_digest(file)) for name, file in files)
 
 
-def share_file(source: Path, path: Path) -> None:
+def share_file(source: Path | str, path: Path | str) -> None:
     """Make `path` a read-only file with the contents of `source`, sharing bytes where possible."""
     if os.stat(source).st_size <= SMALL:
         with open(source, "rb") as read, open(path, "xb") as write:
@@ -251,17 +257,18 @@ def share_file(source: Path, path: Path) -> None:
     os.chmod(path, READ_ONLY)
 
 
-def _clone(source: Path, path: Path) -> bool:
+def _clone(source: Path | str, path: Path | str) -> bool:
     try:
         with open(source, "rb") as read, open(path, "xb") as write:
             fcntl.ioctl(write.fileno(), FICLONE, read.fileno())
     except OSError:  # not this file system, or not between these two
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
         return False
     return True
 
 
-def _link(source: Path, path: Path) -> bool:
+def _link(source: Path | str, path: Path | str) -> bool:
     try:
         os.link(source, path)
     except OSError:  # another file system, or too many links

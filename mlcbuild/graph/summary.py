@@ -134,10 +134,11 @@ def list_recipe_files(root: Path) -> Iterator[Path]:
 def list_given(plan: Plan) -> list[Path]:
     """The inputs that no action makes, each once: patterns as their folder, relative to the root."""
     made = {str(path) for action in plan.actions.values() for path in action.outputs.values()}
-    inputs = {get_location(path) for action in plan.actions.values() for path in action.inputs.values()}
+    inputs = {str(path): path for action in plan.actions.values() for path in action.inputs.values()}
+    rest = {get_location(path) for text, path in inputs.items() if text not in made}  # most are, and need no more looks
     return [
         path
-        for path in sorted(inputs)
+        for path in sorted(rest)
         if PRIVATE not in path.parents and made.isdisjoint((str(path), *map(str, path.parents)))
     ]
 
