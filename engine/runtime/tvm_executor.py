@@ -30,7 +30,7 @@ HIDDEN = "batch_prefill_to_last_hidden_states"  # what packages that were made b
 HUGE_PAGE = 1 << 21
 ALIGNMENT = 64
 FAULT = 1 << 16  # bytes that Linux maps at once
-SPINS = 2000  # times that a worker without work yields before it sleeps: 1 ms, where TVM would burn 0.1 s
+SPINS = 20_000  # times that a worker without work yields before it sleeps: 7 ms, where TVM would burn 0.1 s
 HELD_AS = {"bfloat16": "uint16"}  # what numpy has no name for
 
 
