@@ -60,7 +60,9 @@ def start_server(log: TextIO) -> Iterator[tuple[subprocess.Popen[str], str]]:
         plain = {"PYTHONMALLOC": "malloc"}  # else its memory in use is not what glibc counts
         process = start_process("serve", "port=0", "max_queue=40", variables=plain, **pipes)
     else:
-        command = [sys.executable, "-m", "doit", "serve", f"model={MODEL}", "port=0", "max_queue=40"]
+        doit, model = [sys.executable, "-m", "doit"], f"model={MODEL}"
+        subprocess.run([*doit, "build", model], cwd=ROOT, check=True, **pipes | {"stdout": log})  # its words come now
+        command = [*doit, "serve", model, "port=0", "max_queue=40"]
         process = subprocess.Popen(command, cwd=ROOT, text=True, **pipes)  # type: ignore[call-overload]
     try:
         assert process.stdout is not None
