@@ -55,7 +55,7 @@ class Linear(nn.Module):
         super().__init__()
         q, layout = where.q, where.layout
         self.shape, self.q, self.layout = (out_features, in_features), q, layout
-        self.dot, self.at_once = where.dot, where.at_once
+        self.dot, self.avx512 = where.dot, where.avx512
         self.packed = list(get_layout(layout).storage(q, self.shape))
         for suffix, spec in get_layout(layout).storage(q, self.shape).items():
             setattr(self, suffix, nn.Parameter(spec.shape, spec.dtype))
@@ -70,7 +70,7 @@ class Linear(nn.Module):
         has = {"bias": self.bias is not None, "residual": residual is not None}
         inputs = self._quantized(x) if self.layout == TILES else [x]
         if self.layout != TILES:
-            kernel = _kernel(linear_rows16.make_linear, rows, columns, self.q, at_once=self.at_once, **has)
+            kernel = _kernel(linear_rows16.make_linear, rows, columns, self.q, avx512=self.avx512, **has)
         elif self.dot is None:
             kernel = _kernel(linear_vnni.make_linear, rows, columns, bits=self.q.bits, **has)
         else:
@@ -256,14 +256,14 @@ class CpuLowering:
     """See lowering.Lowering. `dot`: how bytes are multiplied over the layout `int8-16x64`; None: by AVX-512 VNNI.
 
     `zero`: the code of weight 0, which activations rounded to int8 are corrected by; None: they stay as they are.
-    `at_once`: tiles of `rows16` that the processor's registers hold. `kv_dtype`: of the KV cache's pages.
+    `avx512`: whether its registers have 512 bits. `kv_dtype`: of the KV cache's pages.
     """
 
     def __init__(
-        self, quantization: Quantization, layout: str, dot: linear_dot.Dot | None, at_once: int, kv_dtype: str
+        self, quantization: Quantization, layout: str, dot: linear_dot.Dot | None, kv_dtype: str, *, avx512: bool
     ) -> None:
         self.q, self.layout, self.dot = quantization, layout, dot
-        self.at_once, self.kv_dtype = at_once, kv_dtype
+        self.avx512, self.kv_dtype = avx512, kv_dtype
         self.zero = get_zero(quantization.bits) if layout == TILES else None
 
     def linear(self, in_features: int, out_features: int, bias: bool = False) -> nn.Module:
@@ -322,5 +322,5 @@ def make_lowering(target: Target, quantization: Quantization, layout: str) -> Cp
             f"target {target.name} has no dot product of bytes for the weight layout {layout}",
             hint=f"recipes/targets/{target.name}.yaml: requires: avx512_vnni or {' or '.join(linear_dot.DOTS)}",
         )
-    at_once, kv_dtype = linear_rows16.count_tiles(target.requires), choose_dtype(quantization, target.requires)
-    return CpuLowering(quantization, layout, dot, at_once, kv_dtype)
+    kv_dtype = choose_dtype(quantization, target.requires)
+    return CpuLowering(quantization, layout, dot, kv_dtype, avx512="avx512f" in target.requires)

@@ -91,7 +91,7 @@ def test_attention(monkeypatch: pytest.MonkeyPatch, build: Any, rng: np.random.G
 @pytest.mark.parametrize("q", [kernels.Q4F16, kernels.Q8F16, kernels.Q0F16], ids=lambda q: q.name)
 def test_linear_rows16(monkeypatch: pytest.MonkeyPatch, build: Any, rng: np.random.Generator, q: Any) -> None:
     monkeypatch.setattr(kernels, "build", build)
-    kernels.test_linear_rows16(rng, q, 40, 1, True)
+    kernels.test_linear_rows16(rng, q, 40, False, True)
 
 
 @pytest.mark.parametrize("target", ["aarch64-dotprod"], indirect=True)

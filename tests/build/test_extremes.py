@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,10 @@ from numpy.typing import NDArray
 from engine.machine import get_cpu_features
 from mlcbuild.compiler.kernels import linear_dot, linear_rows16, linear_vnni, quantize_rows
 from mlcbuild.quantization.group import get_zero
+from mlcbuild.recipes.load import load_recipes
 from mlcbuild.recipes.schema import Quantization
 
+ROOT = Path(__file__).parents[2]
 ROWS, WIDTH, PADDED = 40, 96, 48
 BATCHES = (1, 2, 7, 65)
 TARGETS = {"avx512_vnni": "x86-64-v4-vnni", **kernels.DOT_TARGETS}
@@ -55,11 +58,11 @@ def test_matmuls_of_codes(rng: np.random.Generator, q: Quantization, feature: st
 @pytest.mark.parametrize("target", ["x86-64-v4", "x86-64-v3"])
 @pytest.mark.parametrize("q", kernels.ALL, ids=lambda q: q.name)
 def test_matmuls_of_floats(rng: np.random.Generator, q: Quantization, target: str) -> None:
-    features = kernels.load_recipes(kernels.ROOT / "recipes").targets[target].requires
+    features = load_recipes(ROOT / "recipes").targets[target].requires
     if not set(features) <= (get_cpu_features() or frozenset()):
         pytest.skip(f"this processor cannot run {target}")
     packed, dense = kernels.make_weights(rng, q, "rows16", (ROWS, WIDTH))
-    has: dict[str, Any] = {"at_once": linear_rows16.count_tiles(features), "bias": False, "residual": False}
+    has: dict[str, Any] = {"avx512": "avx512f" in features, "bias": False, "residual": False}
     kernel = kernels.build(linear_rows16.make_linear(ROWS, WIDTH, q, **has), target)
     for n in BATCHES:
         x, y = make_extremes(rng, n), np.full((n, PADDED), np.nan, np.float32)

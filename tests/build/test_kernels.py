@@ -72,11 +72,11 @@ def test_linear_vnni(rng, q, rows, width, bias, residual):
 
 @pytest.mark.parametrize("q", ALL, ids=lambda q: q.name)
 @pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize(("rows", "at_once"), [(40, 1), (40, 2), (56, 2)])
-def test_linear_rows16(rng, q, rows, at_once, residual):
+@pytest.mark.parametrize(("rows", "avx512"), [(40, False), *((rows, True) for rows in (40, 56) if HAS_VNNI)])
+def test_linear_rows16(rng, q, rows, avx512, residual):
     width, padded = 96, -(-rows // 16) * 16
     packed, dense = make_weights(rng, q, "rows16", (rows, width))
-    kernel = build(linear_rows16.make_linear(rows, width, q, at_once=at_once, bias=False, residual=residual))
+    kernel = build(linear_rows16.make_linear(rows, width, q, avx512=avx512, bias=False, residual=residual))
     for n in ROWS:
         x, y = rng.normal(size=(n, width)).astype(np.float32), rng.normal(size=(n, padded)).astype(np.float32)
         wanted = x @ dense.T + (y[:, :rows] if residual else 0)
@@ -128,10 +128,10 @@ def test_linear_vnni_is_batch_invariant(rng, q):
     np.testing.assert_array_equal(results, np.broadcast_to(results[0], (len(ROWS), 96)))
 
 
-@pytest.mark.parametrize("at_once", [1, 2])
-def test_linear_rows16_is_batch_invariant(rng, at_once):
+@pytest.mark.parametrize("avx512", [False, *([True] if HAS_VNNI else [])])
+def test_linear_rows16_is_batch_invariant(rng, avx512):
     packed, _ = make_weights(rng, Q4F32, "rows16", (64, 256))
-    kernel = build(linear_rows16.make_linear(64, 256, Q4F32, at_once=at_once, bias=False, residual=False))
+    kernel = build(linear_rows16.make_linear(64, 256, Q4F32, avx512=avx512, bias=False, residual=False))
     x, results = rng.normal(size=(131, 256)).astype(np.float32), []
     for n in ROWS:
         y = np.zeros((n, 64), np.float32)

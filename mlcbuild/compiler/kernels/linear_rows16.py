@@ -3,15 +3,15 @@
 A vector holds the same input of sixteen output rows, so a broadcast input times that vector needs no horizontal sum.
 
 One row: a GEMV that streams each tile of 16 outputs once. More rows: weight-stationary; eight inputs of a tile or two
-are unpacked once into registers and meet all rows of a block, partial sums stay in an L1 scratch. Both add even and odd
-inputs apart and in the same order: a row's result is the same to the last bit, whatever else is in the batch.
+are unpacked once into registers and meet all rows of a block, partial sums stay in an L1 scratch. Both add eight inputs
+up and then these sums, in the same order: a row's result is the same to the last bit, whatever else is in the batch.
 rows16_<method>.py knows how a quantization method is stored.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from tvm import tirx
@@ -27,32 +27,25 @@ MAX_BLOCK = 64  # rows of a block
 AHEAD = 8192  # bytes of a tile asked for in advance
 
 
-def make_reader(tiles: int, in_features: int, q: Quantization) -> Any:
+def make_reader(tiles: int, in_features: int, q: Quantization, *, avx512: bool = False) -> Any:
     """Declares the weight buffers of `q.method` as arguments; ModuleNotFoundError for a method without a reader."""
-    return importlib.import_module(f"mlcbuild.compiler.kernels.rows16_{q.method}").Reader(tiles, in_features, q)
-
-
-def count_tiles(features: Collection[str]) -> int:
-    """How many tiles a processor takes at once: eight inputs of two are sixteen registers of 512 bits.
-
-    One tile is all that fewer or narrower registers hold.
-    """
-    return 2 if "avx512f" in features else 1
+    module = importlib.import_module(f"mlcbuild.compiler.kernels.rows16_{q.method}")
+    return module.Reader(tiles, in_features, q, avx512=avx512)
 
 
 def make_linear(
-    out_features: int, in_features: int, q: Quantization, *, at_once: int, bias: bool, residual: bool
+    out_features: int, in_features: int, q: Quantization, *, avx512: bool, bias: bool, residual: bool
 ) -> tirx.PrimFunc:
     """PrimFunc (weights..., x f32 [n, K], [bias f32 [N]], y f32 [n, N']) with N' = N rounded up to 16.
 
-    With `residual` y is added to in place, else it is written. `at_once`: see count_tiles.
+    With `residual` y is added to in place, else it is written. With `avx512` registers hold two tiles at once.
     """
     tiles = -(-out_features // 16)
-    pair = at_once if tiles % at_once == 0 else 1
+    pair = 2 if avx512 and tiles % 2 == 0 else 1
 
     def body() -> None:
         n = tir.size("n")
-        weights = make_reader(tiles, in_features, q)
+        weights = make_reader(tiles, in_features, q, avx512=avx512)
         x = tir.arg("x", (n, in_features), "float32")
         b = tir.arg("bias", (out_features,), "float32") if bias else None
         y = tir.arg("y", (n, tiles * 16), "float32")
@@ -70,21 +63,29 @@ def make_linear(
 
 
 def _one_row(weights: Any, x: Expr, tile: Expr, k: int, store: Callable[..., None]) -> None:
-    chains = [Accumulator(), Accumulator()]
+    total = Accumulator()
     with T.serial(k // 8) as k8:
         weights.prefetch(tile, k8 + AHEAD // weights.step)
-        for i, w in enumerate(weights.eight(tile, k8)):
-            chains[i % 2].set(fma(w, spread(x[0, k8 * 8 + i]), chains[i % 2].get()))
-    store(0, tile, chains[0].get() + chains[1].get())
+        inputs = [spread(x[0, k8 * 8 + i]) for i in range(8)]
+        total.set(_add_eight(total.get(), inputs, *weights.eight(tile, k8)))
+    store(0, tile, total.get())
+
+
+def _add_eight(total: Expr, inputs: list[Expr], eight: list[Expr], scale: Expr | None) -> Expr:
+    """total + the products of eight inputs, times the scale of these weights where they have one."""
+    chains = [T.bind(eight[i] * inputs[i]) for i in range(2)]
+    for i in range(2, 8):
+        chains[i % 2] = T.bind(fma(eight[i], inputs[i], chains[i % 2]))
+    part = T.bind(chains[0] + chains[1])
+    return total + part if scale is None else fma(part, scale, total)
 
 
 def _many_rows(weights: Any, x: Expr, n: Expr, tiles: list[Expr], k: int, store: Callable[..., None]) -> None:
-    chains = 2 * len(tiles)
-    sums = tir.scratch(MAX_BLOCK * chains * 16)
+    sums = tir.scratch(MAX_BLOCK * len(tiles) * 16)
     with T.serial((n + (MAX_BLOCK - 1)) // MAX_BLOCK) as block:
         first = T.bind(block * MAX_BLOCK)
         rows = T.bind(T.min(n - first, T.int64(MAX_BLOCK)))
-        with T.serial(rows * chains) as i:
+        with T.serial(rows * len(tiles)) as i:
             put(sums, i * 16, f32(0))
         with T.serial(k // 8) as k8:
             eights = []
@@ -92,27 +93,21 @@ def _many_rows(weights: Any, x: Expr, n: Expr, tiles: list[Expr], k: int, store:
                 weights.prefetch(tile, k8 + AHEAD // weights.step)
                 eights.append(weights.eight(tile, k8))
             with T.serial(rows) as m:
-                at = [T.bind((m * chains + c) * 16) for c in range(chains)]
-                total = [vec(sums, a) for a in at]
-                for i in range(8):
-                    one = T.bind(spread(x[first + m, k8 * 8 + i]))
-                    for r, eight in enumerate(eights):
-                        c = r * 2 + i % 2
-                        total[c] = T.bind(fma(eight[i], one, total[c]))
-                for a, value in zip(at, total, strict=True):
-                    put(sums, a, value)
+                inputs = [T.bind(spread(x[first + m, k8 * 8 + i])) for i in range(8)]
+                for r, (eight, scale) in enumerate(eights):
+                    at = (m * len(tiles) + r) * 16
+                    put(sums, at, _add_eight(vec(sums, at), inputs, eight, scale))
         with T.serial(rows) as m:
             for r, tile in enumerate(tiles):
-                at = (m * chains + r * 2) * 16
-                store(first + m, tile, vec(sums, at) + vec(sums, at + 16))
+                store(first + m, tile, vec(sums, (m * len(tiles) + r) * 16))
 
 
 def list_benchmarks(s: Setting) -> Iterator[Benchmark]:
     """Every matrix in the quantization at hand."""
 
     def make(width: int, inner: int, residual: bool) -> tirx.PrimFunc:
-        at_once = count_tiles(s.requires)
-        return make_linear(width, inner, s.quantization, at_once=at_once, bias=False, residual=residual)
+        avx512 = "avx512f" in s.requires
+        return make_linear(width, inner, s.quantization, avx512=avx512, bias=False, residual=residual)
 
     if accepts(s.quantization):
         packed = len(storage(s.quantization, (16, s.hidden)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from tvm.script.ir_builder import tirx as T
 
 from mlcbuild.compiler.kernels import tir
-from mlcbuild.compiler.kernels.tir import Expr, f32, fma, spread, to_f32
+from mlcbuild.compiler.kernels.tir import F32, I32, Expr, spread, to_f32
 from mlcbuild.quantization.group import get_group_size, get_zero
 from mlcbuild.recipes.schema import Quantization
 
@@ -16,20 +16,24 @@ from mlcbuild.recipes.schema import Quantization
 class Reader:
     """The buffers of one matrix; `eight` and `element` give weights as float32."""
 
-    def __init__(self, tiles: int, in_features: int, q: Quantization) -> None:
+    def __init__(self, tiles: int, in_features: int, q: Quantization, *, avx512: bool) -> None:
         self.group, self.bits, self.zero = get_group_size(q), q.bits, get_zero(q.bits)
+        self.avx512 = avx512
         self.step = 16 * q.bits  # bytes of codes that `eight` reads
         self.words = tir.arg("words", (tiles, in_features * q.bits // 32, 16), "uint32")
         self.scales = tir.arg("scales", (tiles, in_features // self.group, 16), q.dtype)
 
-    def eight(self, tile: Expr, k: Expr) -> list[Expr]:
-        """Vectors of 16 output rows for inputs 8 k ... 8 k + 7."""
+    def eight(self, tile: Expr, k: Expr) -> tuple[list[Expr], Expr]:
+        """Vectors of 16 output rows for inputs 8 k ... 8 k + 7, less their scale, and that."""
         scale = T.bind(to_f32(self.scales[tile, k // (self.group // 8), T.ramp(0, 1, 16)]))
-        zero = T.bind(scale * f32(-self.zero))
         count, mask = self.bits // 4, spread(T.uint32((1 << self.bits) - 1))
         words = [T.bind(self.words[tile, k * count + i, T.ramp(0, 1, 16)]) for i in range(count)]
+        if self.bits == 4 and self.avx512:  # sixteen floats to choose from: the instruction looks at four bits only
+            table = to_f32(T.ramp(T.int32(-self.zero), 1, 16))
+            which = [T.reinterpret(I32, words[0] >> spread(T.uint32(4 * i))) for i in range(8)]
+            return [T.bind(tir.call(F32, "x86.avx512.permvar.sf.512", table, w)) for w in which], scale
         codes = [(word >> spread(T.uint32(shift))) & mask for word in words for shift in range(0, 32, self.bits)]
-        return [T.bind(fma(to_f32(T.cast(c, "int32x16")), scale, zero)) for c in codes]
+        return [T.bind(to_f32(T.cast(c, I32) - spread(T.int32(self.zero)))) for c in codes], scale
 
     def prefetch(self, tile: Expr, k: Expr) -> None:
         """Ask for what `eight` reads, scales apart; k may lie beyond the end."""
