@@ -48,13 +48,14 @@ def make_rope(rng, n, d):
     return np.concatenate([np.cos(angle), np.sin(angle)], -1), np.cos(angle)[:, None], np.sin(angle)[:, None]
 
 
-def attend(q, positions, rows, history):
+def attend(q, positions, rows, history, window=0):
     """numpy: token m sees its own sequence up to its position; history is {row: [2, length, kv_heads, d]}."""
     out = np.zeros(q.shape)
     for m, (position, row) in enumerate(zip(positions, rows, strict=True)):
         for head in range(q.shape[1]):
             source = head // (q.shape[1] // history[row][0].shape[1])
-            keys, values = (t[: position + 1, source].astype(np.float64) for t in history[row])
+            begin = max(0, position + 1 - window) if window else 0
+            keys, values = (t[begin : position + 1, source].astype(np.float64) for t in history[row])
             scores = keys @ q[m, head] / np.sqrt(q.shape[2])
             p = np.exp(scores - scores.max())
             out[m, head] = p @ values / p.sum()
@@ -126,6 +127,37 @@ def test_a_token_does_not_depend_on_the_others(rng, dtype):
         np.testing.assert_array_equal(run(np.arange(2 * length)), whole)
     finally:
         threads(1, 2)
+
+
+@pytest.mark.parametrize("dtype", [DTYPES[0], DTYPES[2]])
+@pytest.mark.parametrize("window", [1, 20, 130, 1000])
+def test_a_sliding_window(rng, dtype, window):
+    """Prompts and lone tokens, whose windows begin in any block, or before the first position."""
+    h = Heads(layers=1, heads=6, kv_heads=2, head_dim=64, dtype=dtype, window=window)
+    append, kernel = make(attention.make_rope_append, h), make(attention.make_attention, h)
+    length, table = 420, rng.permutation(27).astype(np.int32)[None]
+    rows, positions = np.zeros(length, np.int32), np.arange(length, dtype=np.int32)
+    qkv, pages = rng.normal(size=(length, h.width)).astype(np.float32), make_pages(h, 27)
+    append(
+        qkv,
+        pages,
+        np.concatenate([np.ones((length, 32)), np.zeros((length, 32))], -1).astype(np.float32),
+        positions,
+        rows,
+        table,
+        0,
+    )
+    x = qkv.reshape(length, 10, 64)
+    history = {0: [x[:, 6:8], x[:, 8:]]}
+    whole = np.zeros((length, 384), np.float32)
+    kernel(qkv, pages, positions, rows, table, 0, whole)
+    wanted = attend(x[:, :6], positions, rows, history, window)
+    error = np.linalg.norm(whole.reshape(wanted.shape) - wanted, axis=-1) / np.linalg.norm(wanted, axis=-1)
+    assert np.sqrt((error**2).mean()) < TOLERANCES[dtype]
+    for tokens in ([3], [129], [419], [*range(140, 180)]):
+        y = np.zeros((len(tokens), 384), np.float32)
+        kernel(qkv[tokens], pages, positions[tokens], rows[tokens], table, 0, y)
+        np.testing.assert_array_equal(y, whole[tokens])
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "d"), [(8, 2, 64), (3, 1, 32), (5, 1, 64), (16, 1, 32)])

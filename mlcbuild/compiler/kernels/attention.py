@@ -75,10 +75,10 @@ def make_rope_append(h: Heads) -> tirx.PrimFunc:
 def make_attention(h: Heads, *, zero: int | None = None) -> tirx.PrimFunc:
     """(qkv f32 [n, width] with q rotated, pages, positions, rows, table, layer, y f32 [n, heads d]).
 
-    Token m attends to positions 0 ... positions[m] of its sequence. Parallel over key/value heads and tokens; those of
-    a task that follow each other in one sequence share what they read. With `zero`, the code of
-    weight 0 in the next matmul, y is written as int8 codes, scales and corrections (see quantize_rows.py), which saves
-    that matmul a kernel.
+    Token m attends to positions 0 ... positions[m] of its sequence, or to the last `window` of them. Parallel over
+    key/value heads and tokens; those of a task that follow each other in one sequence share what they read. With
+    `zero`, the code of weight 0 in the next matmul, y is written as int8 codes, scales and corrections (see
+    quantize_rows.py), which saves that matmul a kernel.
     """
     kind = make_kind(h)
     most, few = max(1, TASK_LANES // h.shared), max(1, LANES // h.shared)
@@ -168,6 +168,7 @@ class _Run:
         self.call, self.head, self.first, self.most, self.width = call, head, first, most, width
         h, kind = call.h, call.kind
         self.d, self.shared, self.step = h.head_dim, h.shared, min(width, VALUE_LANES)
+        self.window = h.window
         self.line = keep(T.cast(call.rows[first], "int64"))
         self.last = keep(T.cast(call.positions[first + count - 1], "int64"))
         after = keep(first + count)
@@ -188,7 +189,9 @@ class _Run:
         """The whole computation."""
         with T.serial(self.groups * self.width) as lane:
             self._start(lane)
-        with T.serial(div(self.last, PAGE * BLOCK) + 1) as block:
+        begin = self._find_begin()
+        with T.serial(div(self.last, PAGE * BLOCK) + 1 - begin) as later:
+            block = keep(begin + later)
             with T.serial(self.groups) as g:
                 first = T.bind(g * self.width)
                 pages = keep(self._count_pages(block, first + (self.width - 1)))
@@ -215,6 +218,13 @@ class _Run:
         put(self.totals, lane * 16, f32(0))
         T.buffer_store(self.largest, T.float32(NOTHING), [lane])
         T.buffer_store(self.limits, self.call.positions[token], [lane])
+
+    def _find_begin(self) -> Expr:
+        """The first block that a lane sees; what a lane beyond adds up of it before its own window is shrunk to 0."""
+        if not self.window:
+            return T.int64(0)
+        seen = T.cast(self.limits[0], "int64") - (self.window - 1)
+        return keep(div(T.max(seen, T.int64(0)), PAGE * BLOCK))
 
     def _count_pages(self, block: Expr, lane: Expr) -> Expr:
         """Pages of the block that the lane sees."""
@@ -251,9 +261,15 @@ class _Run:
             start = T.bind(T.cast(block * BLOCK + b, "int32") * PAGE)
             for i, a in enumerate(sums):
                 put(self.scores, (i * BLOCK + b) * PAGE, a.get())
-            with T.If(start + (PAGE - 1) > self.limits[first]), T.Then(), T.serial(self.width) as i:
-                at = T.bind((i * BLOCK + b) * PAGE)
-                seen = spread(start) + T.ramp(T.int32(0), 1, 16) <= spread(self.limits[first + i])
+            masked = start + (PAGE - 1) > self.limits[first]
+            if self.window:
+                masked = masked | (start + self.window <= self.limits[first + (self.width - 1)])
+            with T.If(masked), T.Then(), T.serial(self.width) as i:
+                at, limit = T.bind((i * BLOCK + b) * PAGE), T.bind(spread(self.limits[first + i]))
+                position = T.bind(spread(start) + T.ramp(T.int32(0), 1, 16))
+                seen = position <= limit
+                if self.window:
+                    seen = seen & (position + spread(T.int32(self.window)) > limit)
                 put(self.scores, at, T.Select(seen, vec(self.scores, at), f32(NOTHING)))
 
     def _weigh(self, first: Expr, start: Expr) -> None:

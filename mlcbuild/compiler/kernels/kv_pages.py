@@ -26,13 +26,14 @@ Sums = list[list[Accumulator]]  # [lane][sixteen columns]
 
 @dataclass(frozen=True)
 class Heads:
-    """Shape of one attention layer and the dtype of its pages."""
+    """Shape of one attention layer and the dtype of its pages. A token sees the last `window` positions, 0 all."""
 
     layers: int
     heads: int
     kv_heads: int
     head_dim: int
     dtype: str
+    window: int = 0
 
     @property
     def width(self) -> int:
