@@ -85,6 +85,9 @@ def _one_row(
     with T.serial(blocks // unroll) as step:
         for u in range(unroll):
             block = step * unroll + u
+            if bits == 8:  # 4-bit blocks gain nothing by it
+                for line in range(get_block_bytes(bits) // 64):
+                    tir.prefetch(T.address_of(w[tile, block, 2 * get_block_bytes(bits) + line * 64]))
             for g in range(2):
                 group = block * 2 + g
                 scale = T.bind(_scale(w, tile, block, g) * spread(scales[group]))
