@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,19 +24,25 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
+def build_embedded() -> Callable[..., Path]:
+    """(model, quantization): the package of an embedded model for this machine, built first where it is not."""
+    return build
+
+
+@pytest.fixture(scope="session")
 def tiny_package() -> Path:
     """The embedded model for this machine."""
-    return build_package("tiny")
+    return build("tiny")
 
 
 @pytest.fixture(scope="session")
 def draft_package() -> Path:
     """The one that guesses for it."""
-    return build_package("tiny-draft")
+    return build("tiny-draft")
 
 
-def build_package(model: str, quantization: str = "q4f16_1") -> Path:
-    """The package of an embedded model in this checkout, built first where it is not."""
+def build(model: str, quantization: str = "q4f16_1") -> Path:
+    """See build_embedded."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MLCBUILD_")}
     variables = {"model": model, "quantization": quantization, "target": "cpu"}
     command = [sys.executable, "-m", "doit", "build", *(f"{name}={value}" for name, value in variables.items())]

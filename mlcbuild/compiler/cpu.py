@@ -59,6 +59,11 @@ class Linear(nn.Module):
         self.packed = list(get_layout(layout).storage(q, self.shape))
         for suffix, spec in get_layout(layout).storage(q, self.shape).items():
             setattr(self, suffix, nn.Parameter(spec.shape, spec.dtype))
+        if bias and out_features % 16:
+            raise CompileError(
+                f"a matmul with a bias has {out_features} outputs, no multiple of 16, which the CPU kernels need",
+                hint="build this model for a GPU target, or open an issue naming the model",
+            )
         self.bias = nn.Parameter((out_features,), "float32") if bias else None
 
     def weights(self) -> list[Tensor]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from kernel_calls import HAS_VNNI, build, codes_for
+from kernel_calls import HAS_VNNI, ROOT, build, codes_for
 
 from engine.machine import get_cpu_features
+from mlcbuild.compiler.cpu import make_lowering
 from mlcbuild.compiler.kernels import (
     elementwise,
     embedding,
@@ -15,8 +16,10 @@ from mlcbuild.compiler.kernels import (
     linear_vnni,
     quantize_rows,
 )
+from mlcbuild.errors import CompileError
 from mlcbuild.quantization import get_layout, get_method
 from mlcbuild.quantization.group import get_zero
+from mlcbuild.recipes.load import load_recipes
 from mlcbuild.recipes.schema import Quantization
 
 Q4F16 = Quantization(name="q4f16_1", method="group", bits=4, group_size=32, dtype="float16", activations="int8")
@@ -236,3 +239,10 @@ def test_extreme_activations_stay_finite(rng):
     build(elementwise.make_silu_mul(width))(gate_up, gated)
     assert np.isfinite(gated).all()
     assert (np.abs(gated[x == -1e4]) < 1e-20).all()
+
+
+def test_a_bias_must_fill_its_tiles():
+    recipes = load_recipes(ROOT / "recipes")
+    lowering = make_lowering(recipes.targets["x86-64-v3"], Q0F32, "rows16")
+    with pytest.raises(CompileError, match=r"a matmul with a bias has 40 outputs, no multiple of 16"):
+        lowering.linear(64, 40, bias=True)

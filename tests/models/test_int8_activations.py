@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
-from conftest import ROOT, build_package
 
 from engine.artifact import open_package
 from mlcbuild.quality.measure import compute_divergence, list_measured_rows, log_softmax
@@ -14,7 +16,7 @@ from mlcbuild.quality.windows import compute_log_probs
 from mlcbuild.recipes.schema import Quantization
 from mlcbuild.weights.dequantized import open_dequantized
 
-HELD_OUT = ROOT / "recipes/models/tiny/heldout.txt"
+HELD_OUT = Path(__file__).parents[2] / "recipes/models/tiny/heldout.txt"
 MOST = 0.002  # nats per token
 
 
@@ -23,8 +25,8 @@ def be_quiet(text: str, fraction: float | None = None) -> None:
 
 
 @pytest.mark.parametrize("quantization", ["q4f16_1", "q8f16_1"])
-def test_rounding_activations_costs_little(quantization: str) -> None:
-    package = open_package(build_package("tiny", quantization))
+def test_rounding_activations_costs_little(build_embedded: Callable[..., Path], quantization: str) -> None:
+    package = open_package(build_embedded("tiny", quantization))
     recipes = package.manifest.recipes
     config, q = recipes["model"]["config"], Quantization.model_validate(recipes["quantization"])
     assert q.activations == "int8"
