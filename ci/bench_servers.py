@@ -165,6 +165,7 @@ def main() -> None:
     rounds: list[dict[str, dict[str, Any]]] = []
     with start_ours(options) as (ours, package), start_theirs(options, package) as theirs:
         urls = {"ours": ours, "llama-server": theirs}
+        print(*(f"{who} at {url}" for who, url in urls.items()), sep=", ", file=sys.stderr)
         for number in range(options.rounds + 1):
             count = options.requests if number else options.clients  # the first round warms up
             prompts = make_prompts(package, count, options.input, options.output, seed=number)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from engine.bench.start import Start
     from engine.runtime.tvm_executor import TvmExecutor
 
+FILE_WIDTH = 120  # columns of a table that no terminal shows
 VARIABLES = {
     "rounds": "rounds of every case, 5",
     "peer": "programs to compare with, installed when needed: llama.cpp,openvino",
@@ -217,16 +218,17 @@ def print_figures(record: Mapping[str, Any], speed: Speed) -> None:
     from rich.table import Table
 
     table = Table(title=make_title(record), title_justify="left")
-    table.add_column("what")
-    for name in ("tokens/s", "slowest", "fastest", "of roofline", *record["peers"]):
-        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("what", no_wrap=True)
+    for name in ("tokens/s", "range", "of roofline", *record["peers"]):
+        table.add_column(name, justify="right")
     for f in speed.figures:
         share = "" if f.roofline is None else f"{f.roofline:.2f}"
         theirs = [f"{p.rate:.1f}, {p.ratio:.2f} x" for p in f.peers.values()]
-        table.add_row(f.name, f"{f.rate:.1f}", f"{f.slowest:.1f}", f"{f.fastest:.1f}", share, *theirs)
+        table.add_row(f.name, f"{f.rate:.1f}", f"{f.slowest:.1f}-{f.fastest:.1f}", share, *theirs)
     for version in record["peers"].values():
         table.caption = f"{table.caption}; {version}" if table.caption else version
-    Console().print(table)
+    console = Console()
+    Console(width=console.width if console.is_terminal else FILE_WIDTH).print(table)
 
 
 def print_overheads(overheads: Sequence[Overhead], start: Start) -> None:
