@@ -97,7 +97,8 @@ def find_model(url: str, api_key: str = "") -> str:
     except (ValueError, TypeError, KeyError):
         names = []
     if not names:
-        hint = "api_key=..." if answer.status_code in (401, 403) else "model_name=..., if it does not list its models"
+        hints = {401: "api_key=...", 403: "api_key=...", 503: "wait until it has loaded its model"}
+        hint = hints.get(answer.status_code, "model_name=..., if it does not list its models")
         raise ServerUnusable(f"{url}/models: HTTP {answer.status_code}, and no list of models", hint=hint)
     if len(names) > 1:
         raise InvalidSetting(f"{url} has several models: {', '.join(names)}", hint=f"model_name={names[0]}")

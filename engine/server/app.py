@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastapi import FastAPI
+from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
@@ -13,6 +14,7 @@ from engine.model import LoadedModel
 from engine.server.auth import KeyCheck
 from engine.server.errors import add_error_handlers
 from engine.server.limits import Admission, BodyLimit
+from engine.server.loading import answer_while_loading
 from engine.server.metrics import CountRefusals, Metrics
 from engine.server.routes import chat, completions, embeddings, health, messages, metrics, models, responses, tokens
 from engine.server.routes.page import make_page_router
@@ -30,9 +32,15 @@ def make_app(
     `static` is the folder of the web page. Who loaded the model closes it (see engine/server/serve.py).
     """
     settings = settings or ServerSettings()
-    # Without the documentation pages: they load scripts from elsewhere. /openapi.json stays.
     series = Metrics(model)
-    middleware = make_middleware(model, settings, keys, series)
+    middleware = [
+        Middleware(RequestId),
+        Middleware(CountRefusals, metrics=series),
+        *make_gate(settings, keys),
+        Middleware(Admission, capacity=model.engine.limits.max_batch + settings.max_queue),
+        Middleware(BodyLimit, limit=settings.max_body_bytes),
+    ]
+    # Without the documentation pages: they load scripts from elsewhere. /openapi.json stays.
     app = FastAPI(title="mlcbuild", docs_url=None, redoc_url=None, middleware=middleware)
     app.state.model = model
     app.state.metrics = series
@@ -45,10 +53,15 @@ def make_app(
     return app
 
 
-def make_middleware(
-    model: LoadedModel, settings: ServerSettings, keys: Sequence[str], series: Metrics
-) -> list[Middleware]:
-    """The first one sees a request first and its answer last."""
+def make_waiting_app(settings: ServerSettings, keys: Sequence[str]) -> Starlette:
+    """The application for as long as there is no model: whoever has a key is told to come again."""
+    app = Starlette(middleware=[Middleware(RequestId), *make_gate(settings, keys)])
+    app.router.default = answer_while_loading
+    return app
+
+
+def make_gate(settings: ServerSettings, keys: Sequence[str]) -> list[Middleware]:
+    """Who may ask: the pages of the origins that are named, and who has a key. The first one sees a request first."""
     origins = split_list(settings.cors)
     cors = Middleware(
         CORSMiddleware,
@@ -57,11 +70,4 @@ def make_middleware(
         allow_headers=("*",),
         expose_headers=("X-Request-Id", "Retry-After"),
     )
-    return [
-        Middleware(RequestId),
-        Middleware(CountRefusals, metrics=series),
-        *([cors] if origins else []),
-        Middleware(KeyCheck, keys=keys),
-        Middleware(Admission, capacity=model.engine.limits.max_batch + settings.max_queue),
-        Middleware(BodyLimit, limit=settings.max_body_bytes),
-    ]
+    return [*([cors] if origins else []), Middleware(KeyCheck, keys=keys)]

@@ -25,9 +25,11 @@ class Running:
         self.model = model
         listener = open_socket("127.0.0.1", 0)
         self.url = get_url(listener)
-        self.server = Server(model, settings, keys)
+        started = threading.Event()
+        self.server = Server(lambda: model, settings, keys, lambda model: started.set())
         self._thread = threading.Thread(target=self.server.run, args=([listener],))
         self._thread.start()
+        assert started.wait(20)
 
     def stop(self) -> None:
         self.server.should_exit = True
