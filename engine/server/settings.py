@@ -41,6 +41,7 @@ class ServerSettings:
     host: str = _setting("127.0.0.1", "address to listen on; 0.0.0.0 is the whole network, and needs an api_key")
     port: int = _setting(8000, "TCP port to listen on; 0 takes any free one")
     model_name: str = _setting("", "what clients call the model; default: the model's name, e.g. tiny")
+    least_priority: int = _setting(0, "smallest priority that a request may have; smaller runs sooner, and none is 0")
     max_queue: int = _setting(128, "requests that may wait for the engine; one more is refused with 429")
     mode: str = _setting("local", "local = 4 requests at once; interactive = 1; server = many, and most of the memory")
     kv_tokens: int = _setting(0, "tokens that the KV cache holds, over all requests; 0 = what the mode says")
@@ -84,6 +85,7 @@ S = TypeVar("S", ServerSettings, ChatSettings)
 # Least and greatest value of a setting; the engine checks the sampling ones.
 RANGES: dict[str, tuple[float, float]] = {
     "port": (0, 65535),
+    "least_priority": (-1000, 0),
     "max_queue": (0, 1_000_000),
     "kv_tokens": (0, 1 << 40),
     "prefix_cache": (0, 1),

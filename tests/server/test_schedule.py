@@ -12,6 +12,7 @@ from running import run_fake_server, wait_until
 
 from engine.core import Limits
 from engine.server import sse
+from engine.server.settings import ServerSettings
 
 HI = [{"role": "user", "content": "hi"}]
 SLOW = [{"role": "user", "content": "slow"}]
@@ -46,12 +47,26 @@ def test_priorities_that_do_not_exist(http: httpx.Client, path: str, fields: dic
         assert "priority" in refused.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(("path", "fields"), CHATS)
+def test_nobody_overtakes_unless_the_server_allows_it(http: httpx.Client, path: str, fields: dict) -> None:
+    """On a server that others use too, a client may ask to run later, and not to run before them."""
+    refused = http.post(path, json={"model": "fake", **fields, "priority": -1})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["message"] == (
+        "priority is -1, and this server takes 0 or more; "
+        "leave it out, or start the server with least_priority=-1000"
+    )
+    for priority in (None, 0, 5):
+        late = {"priority": priority, "timeout": 0.1}  # it is let in, and then it takes too long
+        assert http.post(path, json={"model": "fake", **fields, **late}).status_code == 504
+
+
 def test_a_smaller_priority_runs_sooner() -> None:
     """One request runs at a time: those that wait are served by their priority, not in their order."""
     limits = Limits(**{name: getattr(LIMITS, name) for name in LIMITS.__slots__} | {"max_batch": 1})
     ended: list[str] = []
     names: dict[str, int] = {}
-    with run_fake_server(limits=limits) as running:
+    with run_fake_server(ServerSettings(least_priority=-9), limits=limits) as running:
         running.model.engine.watch(lambda output: ended.append(output.request_id) if output.finish_reason else None)
         url = f"{running.url}/v1/chat/completions"
 

@@ -19,7 +19,7 @@ from engine.server.limits import check_prompt_length
 from engine.server.protocol.chat import ChatCompletion, ChatRequest
 from engine.server.protocol.errors import ErrorBody
 from engine.server.sse import EventStream, stream_events
-from engine.server.state import check_model_name, get_model, get_settings
+from engine.server.state import check_model_name, check_priority, get_model, get_settings
 from engine.server.wishes import check_supported, get_schedule, make_prompt, make_reading, prepare_params
 
 router = APIRouter()
@@ -35,6 +35,7 @@ async def create_chat_completion(
     """Continue a conversation."""
     check_model_name(body.model, model)
     check_supported(body)
+    check_priority(body.priority, request)
     check_prompt_length(sum(len(m.content or "") for m in body.messages), get_settings(request).max_prompt_chars)
     # Rendering and tokenizing a long conversation takes a while: not on the event loop.
     tokens = await asyncio.to_thread(make_prompt, body, model)

@@ -31,7 +31,7 @@ from engine.server.protocol.completion import (
 )
 from engine.server.routes.chat import ANSWERS, CLIENT_LEFT, run_while_connected
 from engine.server.sse import DONE, LINE_ENDS, EventStream
-from engine.server.state import check_model_name, get_model, get_settings
+from engine.server.state import check_model_name, check_priority, get_model, get_settings
 from engine.server.text_logprobs import LogprobWriter
 from engine.server.wishes import check_supported, get_schedule, prepare_params
 
@@ -60,6 +60,7 @@ async def create_completion(
     """Continue texts."""
     check_model_name(body.model, model)
     check_supported(body)
+    check_priority(body.priority, request)
     prompts = check_prompts(body, get_settings(request).max_prompt_chars)
     tokens, echoes = await asyncio.to_thread(make_prompts, prompts, body, model)
     head = Head(f"cmpl-{uuid.uuid4().hex}", int(time.time()), model.name, echoes)

@@ -34,7 +34,7 @@ from engine.server.protocol.tools import make_call_id
 from engine.server.routes.chat import CLIENT_LEFT, run_while_connected
 from engine.server.routes.completions import collect_all
 from engine.server.sse import EventStream
-from engine.server.state import check_model_name, get_model, get_settings
+from engine.server.state import check_model_name, check_priority, get_model, get_settings
 from engine.server.translate import check_chat, make_named_event
 from engine.server.wishes import check_supported, get_schedule, make_prompt, make_reading, prepare_params
 from engine.text.call_format import Piece
@@ -81,6 +81,7 @@ async def check(body: CountRequest, request: Request, model: LoadedModel) -> Cha
         raise InvalidRequest("this model does not think", hint="leave thinking out", param="thinking")
     chat = check_chat(make_chat(body))
     check_supported(chat)
+    check_priority(chat.priority, request)
     check_prompt_length(sum(len(m.content or "") for m in chat.messages), get_settings(request).max_prompt_chars)
     return chat
 

@@ -23,7 +23,7 @@ from engine.server.protocol.responses import ResponsesRequest, make_chat, make_r
 from engine.server.routes.chat import ANSWERS, CLIENT_LEFT, run_while_connected
 from engine.server.routes.completions import collect_all
 from engine.server.sse import EventStream
-from engine.server.state import check_model_name, get_model, get_settings
+from engine.server.state import check_model_name, check_priority, get_model, get_settings
 from engine.server.translate import check_chat, make_named_event
 from engine.server.wishes import check_supported, get_schedule, make_prompt, make_reading, prepare_params
 from engine.text.reading import ReplyReader
@@ -61,6 +61,7 @@ def check(body: ResponsesRequest, request: Request, model: LoadedModel) -> ChatR
     check_supported(body, "it keeps nothing: send the whole conversation, and leave this out")
     chat = check_chat(make_chat(body))
     check_supported(chat)
+    check_priority(chat.priority, request)
     check_prompt_length(sum(len(m.content or "") for m in chat.messages), get_settings(request).max_prompt_chars)
     return chat
 
