@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from engine.errors import InvalidSetting
 from engine.interrupts import end_on_signal
 from engine.server.settings import ServerSettings, get_guessing, get_texts, load_settings
 from mlcbuild.graph.plan import make_package_task
@@ -27,10 +28,23 @@ def task_serve() -> dict[str, Any]:
     return make_package_task(run_serve)
 
 
+def find_draft(variables: Mapping[str, str]) -> str:
+    """The draft of the environment or the file: as one that is given, it is built first if it is a recipe."""
+    try:
+        return load_all(variables).draft
+    except InvalidSetting:  # said when the task runs
+        return ""
+
+
+def load_all(variables: Mapping[str, str]) -> ServerSettings:
+    """The settings, wherever they come from. Raises InvalidSetting."""
+    given = {name: value for name, value in variables.items() if name not in SELECTION}
+    return load_settings(ServerSettings, given, os.environ)
+
+
 def run_serve(package: Path, variables: Mapping[str, str]) -> None:
     """Serve until Ctrl-C or SIGTERM."""
-    given = {name: value for name, value in variables.items() if name not in SELECTION}
-    settings = load_settings(ServerSettings, given, os.environ)
+    settings = load_all(variables)
 
     with end_on_signal():  # importing and loading take a while, too
         from engine.model import load_model

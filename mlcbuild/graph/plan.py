@@ -7,6 +7,7 @@ what it has. A file of tasks/ may hold
     task_*()                           plain doit tasks
     VARIABLES = {"port": "..."}        variables that it understands, for `doit serve port=8000`; others are refused
     ALONE = True                       its task, called as the file, needs no other: doit is then given no other
+    find_draft(variables)              what the variable `draft` is for that task when it is not given, such as serve's
 
 A command that works on one package, such as serve or chat, is a plain task made by `make_package_task`; it builds what
 the variables select first and is given the package's folder:
@@ -203,7 +204,7 @@ def load_plan(root: Path, variables: Mapping[str, str]) -> Plan:
         selected = [build for build in selected if build.id not in {skip.variant for skip in missing}]
         skipped += missing
     builds = selected if asked else [*selected, *list_other_builds(recipes, machine, {build.id for build in selected})]
-    draft = make_draft_build(recipes, machine, selected, variables.get("draft", ""))
+    draft = make_draft_build(recipes, machine, selected, settings.find_draft(modules, variables))
     wanted = [*builds, *([draft] if draft is not None else [])]
     every = {build.id: build for build in [*wanted, *(level for build in wanted for level in build.levels)]}
     plan = Plan(root, recipes, variables, tuple(every.values()), tuple(selected), modules, {}, tuple(skipped), draft)

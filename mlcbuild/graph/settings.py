@@ -6,8 +6,9 @@ import functools
 import gc
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 
@@ -60,6 +61,13 @@ def is_on(value: str) -> bool:
     if value.lower() not in (*YES, *NO):
         raise ValueError(value)
     return value.lower() in YES
+
+
+def find_draft(modules: Iterable[ModuleType], variables: Mapping[str, str]) -> str:
+    """The variable `draft`, or else what the files of the tasks that were asked for find in its place; "" for none."""
+    names = {f"tasks.{name}" for name in settings.tasks}
+    found = [m.find_draft(variables) for m in modules if m.__name__ in names and hasattr(m, "find_draft")]
+    return variables.get("draft") or next(filter(None, found), "")
 
 
 def collect_rarely(rarely: bool) -> None:

@@ -135,14 +135,14 @@ def test_mistakes_of_verify_package(tmp_path):
         assert done.stderr.startswith(f"ERROR: {text}\n")
 
 
-@pytest.mark.parametrize("variables", [(), ("draft=tiny-draft",)])
-def test_chat_answers_a_pipe(project, store, variables):
+@pytest.mark.parametrize("settings", [{}, {"MLCBUILD_DRAFT": "tiny-draft"}])
+def test_chat_answers_a_pipe(project, store, settings):
     """A draft model is built first, and changes nothing."""
     environment = {**os.environ, "PYTHONPATH": str(project), "MLCBUILD_STORE": str(store), "TVM_NUM_THREADS": "2"}
     done = subprocess.run(
-        [sys.executable, "-m", "doit", "chat", *variables],
+        [sys.executable, "-m", "doit", "chat"],
         cwd=project,
-        env=environment,
+        env={**environment, **settings},
         input=f"{QUESTION}\n/exit\n",
         capture_output=True,
         text=True,
@@ -150,7 +150,7 @@ def test_chat_answers_a_pipe(project, store, variables):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert ANSWER in done.stdout
-    assert ("verify    tiny-draft" in done.stdout) == bool(variables)
+    assert ("verify    tiny-draft" in done.stdout) == bool(settings)
 
 
 @pytest.fixture

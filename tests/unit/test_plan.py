@@ -15,6 +15,7 @@ import pytest
 
 from mlcbuild.errors import MlcbuildError, UnknownNameError
 from mlcbuild.graph import plan as planning
+from mlcbuild.graph import settings as graph_settings
 from mlcbuild.graph.action import make_canonical_json
 from mlcbuild.graph.code import CodeDigests
 from mlcbuild.graph.plan import Plan, load_plan, load_tasks, make_package_task, make_tasks, run_on_package
@@ -71,6 +72,30 @@ def test_a_draft_model_is_built_as_the_large_one_is() -> None:
     assert make_package_task(run_nothing)["actions"][0][1][-1]["draft"] == "some/folder"
     with pytest.raises(UnknownNameError, match="tiny-draft"):
         make_plan(draft="tiny-daft")
+
+
+@pytest.mark.parametrize("task", ["serve", "chat"])
+def test_a_draft_model_of_the_environment_or_a_file(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is built for the task that takes settings from there, and for no other; one that is given comes first."""
+
+    def find(**variables: str) -> str | None:
+        draft = make_plan(**variables).draft
+        return None if draft is None else draft.id
+
+    (tmp_path / "it.yaml").write_text("draft: tiny-draft\n")
+    file = {"settings": str(tmp_path / "it.yaml")}
+    monkeypatch.setattr(graph_settings.settings, "tasks", (task,))
+    assert find() is None
+    assert find(**file) == "tiny-draft/q4f16_1/x86-64-v3"
+    monkeypatch.setenv("MLCBUILD_DRAFT", "tiny")
+    assert find(**file) == "tiny/q4f16_1/x86-64-v3"
+    assert find(**file, draft="tiny-draft") == "tiny-draft/q4f16_1/x86-64-v3"
+    assert find(settings="no-such-file.yaml") is None  # which the task says when it runs
+    monkeypatch.setenv("MLCBUILD_DRAFT", "tiny-daft")
+    with pytest.raises(UnknownNameError, match="tiny-draft"):
+        find()
+    monkeypatch.setattr(graph_settings.settings, "tasks", ("bench",))
+    assert find() is None
 
 
 def run_nothing(package: Path, variables: dict[str, str]) -> None:
