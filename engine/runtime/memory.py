@@ -131,16 +131,19 @@ def _make_refusal(
     needed = weight_bytes + workspace + cache
     fraction = -(-100 * needed // max(free_bytes, 1)) / 100
     smallest = min(MODES, key=lambda mode: _get_tokens(library, mode))
-    least = min(library.limits.prefill_chunk, _get_tokens(library, smallest))
+    most = _get_tokens(library, smallest)
+    least = min(library.limits.prefill_chunk, most)
     allowed = int(free_bytes * budget.memory_fraction)
+    hopeless = fits == 0 and fraction > 1
     return DoesNotFit(
         f"a KV cache of {tokens} tokens does not fit: weights {_show(weight_bytes)}, workspace {_show(workspace)} and "
         f"cache {_show(cache)} are {_show(needed)}, and {_show(allowed)} are allowed "
         f"(memory_fraction={budget.memory_fraction:g} of {_show(free_bytes)} free)",
-        hint=f"change one of kv_tokens={fits} (all that fits), "
+        hint=f"{'free memory or take a smaller model: none is enough' if hopeless else 'change one'} of "
+        f"kv_tokens={f'{fits} (all that fits)' if fits else '1 (not even that fits)'}, "
         f"memory_fraction={fraction:.2f} ({'enough for this' if fraction <= 1 else 'more than there is'}), "
-        f"mode={smallest} without kv_tokens (needs {least} tokens or more, takes up to "
-        f"{_get_tokens(library, smallest)})",
+        f"mode={smallest} without kv_tokens (needs {least} tokens or more, takes up to {most}"
+        f"{'' if least <= fits else ': does not fit'})",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -104,9 +105,35 @@ def test_a_machine_that_is_too_small_is_told_so() -> None:
     assert str(caught.value) == (
         "a KV cache of 512 tokens does not fit: weights 700 MiB, workspace 600 MiB and cache 32 MiB are 1.30 GiB, "
         "and 870 MiB are allowed (memory_fraction=0.85 of 1.00 GiB free)\n"
-        "  hint: change one of kv_tokens=0 (all that fits), memory_fraction=1.31 (more than there is), "
-        "mode=local without kv_tokens (needs 512 tokens or more, takes up to 8192)"
+        "  hint: free memory or take a smaller model: none is enough of kv_tokens=1 (not even that fits), "
+        "memory_fraction=1.31 (more than there is), "
+        "mode=local without kv_tokens (needs 512 tokens or more, takes up to 8192: does not fit)"
     )
+
+
+@pytest.mark.parametrize("mode", memory.MODES)
+def test_what_a_refusal_names_is_enough(mode: str) -> None:
+    """In every mode, with and without a wish for tokens: each value that it names, and nothing that it rules out."""
+    for free, wish in ((1.61, None), (1.55, None), (1.25, None), (3, 100_000)):
+
+        def fit(mode: str, tokens: int | None, fraction: float, nbytes: int = int(free * GIB)) -> bool:
+            try:
+                return bool(make_limits(LLAMA, WEIGHTS, Budget(mode, tokens, fraction), nbytes))
+            except DoesNotFit:
+                return False
+
+        with pytest.raises(DoesNotFit) as caught:
+            make_limits(LLAMA, WEIGHTS, Budget(mode, wish, 0.8), int(free * GIB))
+        named = re.search(
+            r"kv_tokens=(\d+) \((.*?)\), memory_fraction=(\d\.\d\d) \((.*?)\), mode=(\w+) .*?(: does not fit)?\)$",
+            caught.value.hint,
+        )
+        assert named is not None
+        tokens, about_tokens, fraction, about_fraction, other, about_mode = named.groups()
+        assert fit(mode, int(tokens), 0.8) == (about_tokens == "all that fits")
+        assert not fit(mode, int(tokens) + 16, 0.8)
+        assert (float(fraction) <= 1 and fit(mode, wish, float(fraction))) == (about_fraction == "enough for this")
+        assert fit(other, None, 0.8) == (about_mode is None)
 
 
 @pytest.mark.parametrize(
