@@ -1,0 +1,212 @@
+"""Picking tokens: temperature, top-k, top-p, min-p and the draw, in this order and without sorting; a row to a core.
+
+The weights of a row, e^((logit - largest) / temperature), stay in the core's cache. What a cut keeps are the weights
+not below an edge, which is found bit by bit, as positive floats have the order of their bits: a look at all weights
+says whether those above are enough. Of weights equal to the edge the first are kept, as in engine/sampling/cuts.py.
+Sums are of float32, in blocks of BLOCK, so they depend on nothing but the row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import reduce
+
+import numpy as np
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
+
+from mlcbuild.compiler.kernels import tir
+from mlcbuild.compiler.kernels.benchmark import MOST_SEQUENCES, Benchmark, Setting
+from mlcbuild.compiler.kernels.tir import LANES, Accumulator, Expr, f32, put, spread, vec, vec2
+
+BLOCK = 1024  # weights whose sum a draw looks at first
+CHAINS = 4  # sums side by side: an addition takes as many cycles
+LEAST, ABOVE = 0x00800000, 0x3F800001  # bits of the least weight that is not rounded to 0, and of what exceeds all
+DRAW = ("temperature", "top_k", "top_p", "min_p", "uniform")  # columns of `draws`, as in engine.core.Draw
+UNUSABLE = -1  # instead of a token
+
+Weigh = Callable[[Expr], Expr]  # what sixteen weights add to a sum
+
+
+def make_pick_tokens(vocab: int) -> tirx.PrimFunc:
+    """logits f32 [n, vocab up to 16], rows i32 [b], draws f64 [b, 5] -> tokens i32 [b].
+
+    Token i is drawn from row `rows[i]` by `draws[i]`: temperature above 0, top_k (0 = keep all), top_p in (0, 1],
+    min_p, and `uniform` in [0, 1), which says how far along the running sum of what is kept the token lies. It is
+    UNUSABLE where the row holds NaN or +infinity, or nothing above -infinity.
+    """
+    padded = -(-vocab // LANES) * LANES
+
+    def body() -> None:
+        n, b = tir.size("n"), tir.size("b")
+        logits = tir.arg("logits", (n, padded), "float32")
+        rows = tir.arg("rows", (b,), "int32")
+        draws = tir.arg("draws", (b, len(DRAW)), "float64")
+        tokens = tir.arg("tokens", (b,), "int32")
+
+        def pick(i: Expr) -> None:
+            row = _Row(vocab, logits, T.bind(T.cast(rows[i], "int64")))
+            wish = {name: T.bind(draws[i, column]) for column, name in enumerate(DRAW)}
+            largest = row.find_largest()
+            bad = row.weigh(largest, T.bind(T.cast(T.float64(math.log2(math.e)) / wish["temperature"], "float32")))
+            usable = tirx.all(bad == 0, largest < T.float32(math.inf), largest > T.float32(-math.inf))
+            with T.If(usable):
+                with T.Then():
+                    row.cut(wish["top_k"], wish["top_p"], wish["min_p"])
+                    T.buffer_store(tokens, row.draw(wish["uniform"]), [i])
+                with T.Else():
+                    T.buffer_store(tokens, T.int32(UNUSABLE), [i])
+
+        with tir.root():
+            tir.begin()
+            tir.for_each_row(b, pick)
+
+    return tir.make_prim_func(body)
+
+
+class _Row:
+    """One row of logits, its weights, and the edge, as the bits of a float, that weights are kept from."""
+
+    def __init__(self, vocab: int, logits: Expr, row: Expr) -> None:
+        self.vocab, self.logits, self.row = vocab, logits, row
+        self.blocks = -(-vocab // BLOCK)
+        self.weights = tir.scratch(self.blocks * BLOCK)
+        self.edge = _hold(T.int32(LEAST))
+
+    def find_largest(self) -> Expr:
+        """The largest logit that is a number; -infinity where there is none."""
+        chains = [Accumulator(f32(-math.inf)) for _ in range(CHAINS)]
+        self._for_each_vector(lambda i, _, x: chains[i].set(tir.maximum(x, chains[i].get())))
+        return T.bind(tir.reduce_max(reduce(tir.maximum, (chain.get() for chain in chains))))
+
+    def weigh(self, largest: Expr, scale: Expr) -> Expr:
+        """Make the weights, 2^((logit - largest) scale); how many of the logits are not numbers up to the largest."""
+        bad = Accumulator()
+
+        def store(_: int, at: Expr, x: Expr) -> None:
+            put(self.weights, at, tir.exp2((x - spread(largest)) * spread(scale)))
+            bad.set(bad.get() + T.Select(x <= spread(largest), f32(0), f32(1)))
+
+        self._for_each_vector(store)
+        for at in range(-(-self.vocab // LANES) * LANES, self.blocks * BLOCK, LANES):
+            put(self.weights, at, f32(0))
+        return T.bind(tir.reduce_sum(bad.get()))
+
+    def cut(self, top_k: Expr, top_p: Expr, min_p: Expr) -> None:
+        """Raise the edge."""
+        with T.If(tirx.all(top_k > T.float64(0), top_k < T.float64(self.vocab))), T.Then():
+            self._keep(lambda w: f32(1), lambda _: T.cast(top_k, "float32"), lambda: T.float32(1))
+        with T.If(top_p < T.float64(1)), T.Then():
+            self._keep(lambda w: w, lambda whole: T.cast(top_p, "float32") * whole, self._get_edge)
+        least = T.reinterpret("int32", T.cast(min_p, "float32"))  # the largest weight is 1
+        T.buffer_store(self.edge, T.max(self.edge[0], least), [0])
+
+    def draw(self, uniform: Expr) -> Expr:
+        """The token at which the running sum of the weights that are kept passes `uniform` of the whole."""
+        sums, whole, edge = tir.scratch(self.blocks), _hold(T.float64(0)), T.bind(self._get_edge())
+        with T.serial(self.blocks) as k:
+            T.buffer_store(sums, tir.reduce_sum(self._sum_block(k, lambda w: w, edge)), [k])
+            T.buffer_store(whole, whole[0] + T.cast(sums[k], "float64"), [0])
+        block, rest = _walk(self.blocks, lambda k: sums[k], T.bind(uniform * whole[0]))
+
+        def get(i: Expr) -> Expr:
+            weight = T.bind(self.weights[block * BLOCK + i])
+            return T.Select(weight >= edge, weight, T.float32(0))
+
+        index, _ = _walk(BLOCK, get, rest)
+        return block * BLOCK + index
+
+    def _keep(self, weigh: Weigh, get_wanted: Callable[[Expr], Expr], get_unit: Callable[[], Expr]) -> None:
+        """Raise the edge as far as what is kept still sums to `get_wanted(sum of all)`, each weight as `weigh` says.
+
+        `get_unit()`: what a weight at the edge adds. So many of the last of these become 0 as can be spared.
+        """
+        high, reached = _hold(T.int32(ABOVE)), _hold(self._sum(weigh, self._get_edge()))
+        missed = _hold(T.float32(0))  # the sum of those from `high` on
+        wanted = T.bind(get_wanted(reached[0]))
+        undecided = reached[0] - missed[0] >= get_unit() * T.float32(2)  # about more than one weight
+        with T.While(tirx.all(reached[0] > wanted, undecided, high[0] - self.edge[0] > 1)):
+            middle = T.bind(self.edge[0] + ((high[0] - self.edge[0]) >> 1))
+            found = T.bind(self._sum(weigh, T.reinterpret("float32", middle)))
+            enough = T.bind(found >= wanted)
+            for bound, total, is_here in ((self.edge, reached, enough), (high, missed, tirx.Not(enough))):
+                with T.If(is_here), T.Then():
+                    T.buffer_store(bound, middle, [0])
+                    T.buffer_store(total, found, [0])
+        with T.If(reached[0] > wanted), T.Then():
+            self._spare(T.bind(T.floor((reached[0] - wanted) / get_unit())))
+
+    def _spare(self, most: Expr) -> None:
+        """Let the last of the weights that equal the edge become 0, at most `most` and all but one."""
+        edge, at = T.bind(self._get_edge()), _hold(T.int32(self.vocab))
+        equal = self._sum(lambda w: T.Select(w == spread(edge), f32(1), f32(0)), edge)
+        left = _hold(T.cast(T.min(most, equal - T.float32(1)), "int32"))
+        with T.While(left[0] > 0):
+            T.buffer_store(at, at[0] - 1, [0])
+            with T.If(self.weights[at[0]] == edge), T.Then():
+                T.buffer_store(self.weights, T.float32(0), [at[0]])
+                T.buffer_store(left, left[0] - 1, [0])
+
+    def _get_edge(self) -> Expr:
+        return T.reinterpret("float32", self.edge[0])
+
+    def _sum(self, weigh: Weigh, edge: Expr) -> Expr:
+        """Over all weights that are not below `edge`."""
+        total, edge = Accumulator(), T.bind(edge)
+        with T.serial(self.blocks) as k:
+            total.set(total.get() + self._sum_block(k, weigh, edge))
+        return tir.reduce_sum(total.get())
+
+    def _sum_block(self, k: Expr, weigh: Weigh, edge: Expr) -> Expr:
+        """Sixteen sums over block k."""
+        chains = [Accumulator() for _ in range(CHAINS)]
+        with T.serial(BLOCK // (LANES * CHAINS)) as j:
+            for i, chain in enumerate(chains):
+                w = T.bind(vec(self.weights, k * BLOCK + (j * CHAINS + i) * LANES))
+                chain.set(chain.get() + T.Select(w >= spread(edge), weigh(w), f32(0)))
+        return T.bind((chains[0].get() + chains[1].get()) + (chains[2].get() + chains[3].get()))
+
+    def _for_each_vector(self, emit: Callable[[int, Expr, Expr], None]) -> None:
+        """`emit(i, at, x)` for sixteen logits from `at` on; i counts up to CHAINS. What is no token is -infinity."""
+        step = LANES * CHAINS
+        with T.serial(self.vocab // step) as j:
+            for i in range(CHAINS):
+                at = T.bind(j * step + i * LANES)
+                emit(i, at, T.bind(vec2(self.logits, self.row, at)))
+        for i, start in enumerate(range(self.vocab // step * step, self.vocab, LANES)):
+            seen = T.ramp(T.int32(start), 1, LANES) < spread(T.int32(self.vocab))
+            emit(i, start, T.bind(T.Select(seen, vec2(self.logits, self.row, start), f32(-math.inf))))
+
+
+def _walk(count: int, get: Callable[[Expr], Expr], point: Expr) -> tuple[Expr, Expr]:
+    """The first i at which the running sum of get(0), get(1), ... passes `point`, and how far into it that lies.
+
+    Where rounding lets none pass it, the last that is not 0.
+    """
+    index, before, passed = _hold(T.int32(0)), _hold(T.float64(0)), _hold(T.float64(0))
+    with T.serial(count) as i:
+        weight = T.bind(get(i))
+        with T.If(tirx.all(weight > T.float32(0), passed[0] <= point)), T.Then():
+            T.buffer_store(index, i, [0])
+            T.buffer_store(before, passed[0], [0])
+            T.buffer_store(passed, passed[0] + T.cast(weight, "float64"), [0])
+    return T.bind(index[0]), T.bind(point - before[0])
+
+
+def _hold(value: Expr) -> Expr:
+    """A number that changes: a buffer of one."""
+    held = tir.scratch(1, str(value.expr_ty()))
+    T.buffer_store(held, value, [0])
+    return held
+
+
+def list_benchmarks(s: Setting) -> Iterator[Benchmark]:
+    """Rows of normal logits, flat as those of random weights, for each cut alone."""
+    kernel = make_pick_tokens(s.vocab)
+    cuts = {"top-k 40": (0.8, 40, 1, 0, 0.5), "top-p 0.9": (0.6, 0, 0.9, 0, 0.5), "min-p 0.1": (0.8, 0, 1, 0.1, 0.5)}
+    logits = np.random.default_rng(0).normal(size=-(-s.vocab // LANES) * LANES)
+    for name, wish in cuts.items():
+        for n in (n for n in s.rows if n <= MOST_SEQUENCES):
+            values = {"logits": logits, "rows": np.arange(n), "draws": wish}
+            yield Benchmark(f"{name}, {n} rows", kernel, {"n": n, "b": n}, values=values, nbytes=n * s.vocab * 4)
