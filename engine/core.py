@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from engine.errors import EngineError
 
@@ -24,7 +24,8 @@ class Limits:
 
     `context_window`: positions of one sequence. `prefill_chunk`: tokens of one batch, over all its sequences.
     `max_batch`: sequences of one batch. The KV cache has `num_pages` pages of `page_size` positions, for all sequences
-    together. `hidden_size`: numbers of an embedding; 0 where the library makes none.
+    together. `hidden_size`: numbers of an embedding; 0 where the library makes none. `picks_tokens`: whether it picks
+    tokens.
     """
 
     context_window: int
@@ -34,6 +35,7 @@ class Limits:
     num_pages: int
     vocab_size: int
     hidden_size: int = 0
+    picks_tokens: bool = False
 
     @property
     def max_length(self) -> int:
@@ -81,6 +83,19 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+
+
+class Draw(NamedTuple):
+    """One draw as an executor makes it: SamplingParams of the same names, and how far along what is kept it lies.
+
+    `temperature` is above 0, `uniform` in [0, 1).
+    """
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    uniform: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,7 @@ from engine.errors import DeadlineExceeded, EngineError, InvalidRequest
 from engine.progress import Progress
 from engine.request import get_max_tokens
 from engine.runtime.executor import Executor
-from engine.sampling.sampler import pick_token
+from engine.sampling.sampler import make_draw, pick_token
 from engine.scheduler.pace import Cost
 from engine.scheduler.policy import Chunk, Scheduler
 from engine.speculation import can_extend, make_guesser
@@ -225,19 +225,28 @@ class Engine:
                 outputs.append(self._end(progress, output))
         return outputs
 
-    def _sample(self, progress: Progress, logits: NDArray[np.float32]) -> int | Exception:
-        """The next token after logits [vocab], or what kept us from it."""
+    def _pick(self, rows: Mapping[int, Progress]) -> dict[int, int]:
+        """The next token after rows of the latest logits, where the executor is to pick it."""
+        if not self.limits.picks_tokens:
+            return {}
+        made = {row: make_draw(progress.request.params, progress.generator) for row, progress in rows.items()}
+        draws = {row: draw for row, draw in made.items() if draw is not None}
+        return dict(zip(draws, self._executor.pick_tokens(draws), strict=True)) if draws else {}
+
+    def _sample(self, progress: Progress, logits: NDArray[np.float32], picked: int | None) -> int | Exception:
+        """The next token after logits [vocab], or what kept us from it. `picked` by the executor, if it was to."""
         try:
-            token = pick_token(progress.constrain(logits), progress.request.params, progress.generator)
-            progress.record(logits, token)
+            if picked is None or picked < 0:  # then this says why
+                picked = pick_token(progress.constrain(logits), progress.request.params, progress.generator)
+            progress.record(logits, picked)
         except Exception as error:
             return error
-        return token
+        return picked
 
     def _postprocess(self, chunks: Sequence[Chunk], logits: NDArray[np.float32]) -> list[Output]:
         """Score what is to be scored, and sample for each chunk that ends its sequence. Rows are as in `wanted`."""
         now, first = self._clock(), 0
-        outputs = []
+        picked, outputs = self._pick(self._list_first(chunks)), []
         for chunk in chunks:
             progress = self._requests[chunk.sequence.request_id]
             if chunk.sequence.scored:
@@ -249,25 +258,42 @@ class Engine:
                 continue
             last = first + 1 + len(chunk.guesses)
             if progress.wants_tokens:
-                output = self._accept(progress, self._sample(progress, logits[first]), now)
+                output = self._accept(progress, self._sample(progress, logits[first], picked.get(first)), now)
             else:
                 output = progress.finish_prompt()
             if chunk.guesses:
-                output = self._check_guesses(progress, chunk, logits[first + 1 : last], output)
+                output = self._check_guesses(progress, chunk, logits, first + 1, output)
             outputs.append(output if output.finish_reason is None else self._end(progress, output))
             first = last
         return outputs
 
-    def _check_guesses(self, progress: Progress, chunk: Chunk, logits: NDArray[np.float32], output: Output) -> Output:
-        """Go on sampling as long as the token before was guessed: only then do its logits belong to this text."""
+    def _list_first(self, chunks: Sequence[Chunk]) -> dict[int, Progress]:
+        """Rows of logits that are certainly sampled from, and for whom: the first of each chunk."""
+        first, found = 0, {}
+        for chunk in chunks:
+            first += chunk.num_scored if chunk.sequence.scored else 0
+            progress = self._requests[chunk.sequence.request_id]
+            if chunk.samples and progress.wants_tokens:
+                found[first] = progress
+            first += 1 + len(chunk.guesses) if chunk.samples else 0
+        return found
+
+    def _check_guesses(
+        self, progress: Progress, chunk: Chunk, logits: NDArray[np.float32], first: int, output: Output
+    ) -> Output:
+        """Go on sampling as long as the token before was guessed: only then do its logits belong to this text.
+
+        They are those from row `first` on.
+        """
         right, now = 0, self._clock()
         progress.guessed += len(chunk.guesses)
-        for guess, row in zip(chunk.guesses, logits, strict=True):
+        for row, guess in enumerate(chunk.guesses, first):
             if output.finish_reason is not None or output.token_ids[-1] != guess:
                 break
             right += 1
             progress.right += 1
-            output = join_outputs(output, self._accept(progress, self._sample(progress, row), now))
+            token = self._sample(progress, logits[row], self._pick({row: progress}).get(row))
+            output = join_outputs(output, self._accept(progress, token, now))
         self._guesses += 1
         self._guessed_tokens += len(chunk.guesses)
         self._right_tokens += right

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from engine.core import Batch, Request, SamplingParams
+from engine.core import Batch, Draw, Request, SamplingParams
 from engine.engine import Engine
 from engine.runtime.executor import Executor
 
@@ -88,3 +88,7 @@ class _Timed:
         logits = self._executor.run(batch)
         self.seconds += time.perf_counter() - start
         return logits
+
+    def pick_tokens(self, draws: Mapping[int, Draw]) -> list[int]:
+        """As the executor does; it is part of what the engine adds."""
+        return self._executor.pick_tokens(draws)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from engine.core import Batch, Limits
+from engine.core import Batch, Draw, Limits
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,6 +27,12 @@ class Executor(Protocol):
 
     def run_hidden(self, batch: Batch) -> NDArray[np.float32]:
         """As `run`, but the last hidden states of all its tokens: [tokens, hidden_size]. Not where that size is 0."""
+
+    def pick_tokens(self, draws: Mapping[int, Draw]) -> list[int]:
+        """A token for each row of the logits that the latest `run` returned, -1 where they are unusable.
+
+        Which, depends on the row and its draw alone. Only where `limits.picks_tokens`.
+        """
 
     def copy_page(self, source: int, destination: int) -> None:
         """Make page `destination` equal to page `source`, in every layer."""

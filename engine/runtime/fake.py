@@ -10,12 +10,13 @@ page, position or row either breaks a rule, which is an error, or changes the te
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.core import Batch, Limits
+from engine.core import Batch, Draw, Limits, SamplingParams
+from engine.sampling.sampler import pick_at
 
 Model = Callable[[NDArray[np.int32]], NDArray[np.float32]]
 """Next-token logits [vocab] after the tokens of one sequence [length]."""
@@ -40,6 +41,7 @@ class FakeExecutor:
         self._model = model or make_hash_model(limits.vocab_size)
         self._tokens = np.full((limits.num_pages, limits.page_size), UNWRITTEN, np.int32)
         self._positions = np.full((limits.num_pages, limits.page_size), UNWRITTEN, np.int32)
+        self._logits = np.empty((0, limits.vocab_size), np.float32)
 
     def run(self, batch: Batch) -> NDArray[np.float32]:
         """Logits [len(logit_rows), vocab] of `model` after each wanted token."""
@@ -47,7 +49,13 @@ class FakeExecutor:
         logits = np.empty((len(batch.logit_rows), self.limits.vocab_size), np.float32)
         for i, index in enumerate(batch.logit_rows):
             logits[i] = self._model(self._load_history(batch, int(batch.rows[index]), int(batch.positions[index])))
+        self._logits = logits
         return logits
+
+    def pick_tokens(self, draws: Mapping[int, Draw]) -> list[int]:
+        """What the engine itself would pick."""
+        _check(self.limits.picks_tokens, "there is no function for picking tokens")
+        return [self._pick(self._logits[row], draw) for row, draw in draws.items()]
 
     def run_hidden(self, batch: Batch) -> NDArray[np.float32]:
         """Vectors [tokens, hidden_size] drawn from the history of each token."""
@@ -74,6 +82,13 @@ class FakeExecutor:
     def close(self) -> None:
         """No batch is taken any more."""
         self.closed = True
+
+    def _pick(self, logits: NDArray[np.float32], draw: Draw) -> int:
+        params = SamplingParams(draw.temperature, draw.top_p, draw.top_k, min_p=draw.min_p)
+        try:
+            return pick_at(logits, params, draw.uniform)
+        except ValueError:
+            return -1
 
     def _write(self, batch: Batch) -> None:
         _check(not self.closed, "run after close")

@@ -12,7 +12,7 @@ import mmap
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.artifact import Library, Package, load_weights_index, rebuild_command
-from engine.core import Batch, Limits
+from engine.core import Batch, Draw, Limits
 from engine.errors import PackageInvalid
 from engine.machine import count_cores
 from engine.runtime.memory import Budget, get_free_memory, make_library_limits, make_limits
 
-HIDDEN = "batch_prefill_to_last_hidden_states"  # what packages that were made before it lack
+HIDDEN, PICK = "batch_prefill_to_last_hidden_states", "pick_tokens"  # what packages that were made before them lack
 HUGE_PAGE = 1 << 21
 ALIGNMENT = 64
 FAULT = 1 << 16  # bytes that Linux maps at once
@@ -73,12 +73,13 @@ class TvmExecutor:
                 hint=f"rebuild the package: {rebuild_command(package.root, {'variant': package.manifest.variant})}",
             ) from None
         dtype = self._check_library(package, library)
-        names = ["embed", "batch_prefill", "batch_decode", *(name for name in [HIDDEN] if name in library.functions)]
+        names = ["embed", "batch_prefill", "batch_decode", *{HIDDEN, PICK}.intersection(library.functions)]
         self._functions = {name: self._machine[name] for name in names}
+        self._logits: Any = None  # of the latest run
         self._weights = _map_weights(package)
         self._params = [wrap(self._weights[p.name]) for p in library.params]
         made = limits or self._make_limits(library, budget, draft)
-        self.limits: Limits = replace(made, hidden_size=self._find_hidden_size())
+        self.limits: Limits = replace(made, hidden_size=self._find_hidden_size(), picks_tokens=PICK in self._functions)
         kv = library.kv
         shape = (kv.layers, self.limits.num_pages, 2, kv.kv_heads, kv.page_size, kv.head_dim)
         self._pages: NDArray[Any] | None = make_aligned(shape, np.dtype(HELD_AS.get(dtype, dtype)))
@@ -87,6 +88,7 @@ class TvmExecutor:
     def run(self, batch: Batch) -> NDArray[np.float32]:
         """float32 [len(batch.logit_rows), vocab]; the array is the caller's to keep."""
         tokens = len(batch.tokens)
+        self._logits = None  # so that their memory serves again
         embeds, *where = self._begin(batch)
         wanted = batch.logit_rows
         rows = len(wanted)
@@ -98,9 +100,18 @@ class TvmExecutor:
             logits, _ = self._functions["batch_prefill"](
                 embeds, self._inputs.put("wanted", wanted), *where, self._kv, self._params
             )
+        self._logits = logits
         padded: Any = np.from_dlpack(logits)  # the same memory, which each call takes anew
         out: NDArray[np.float32] = padded[:rows, : self.limits.vocab_size]
         return out
+
+    def pick_tokens(self, draws: Mapping[int, Draw]) -> list[int]:
+        """By the library's own function."""
+        rows = self._inputs.put("picked", np.array(list(draws), np.int32))
+        tokens: Any = self._functions[PICK](
+            self._logits, rows, self._inputs.put("draws", np.array(list(draws.values())))
+        )
+        return list(np.from_dlpack(tokens).tolist())
 
     def run_hidden(self, batch: Batch) -> NDArray[np.float32]:
         """float32 [len(batch.tokens), hidden_size], which is the caller's to keep."""
@@ -149,7 +160,7 @@ class TvmExecutor:
     def close(self) -> None:
         """Release the weights and pages; the executor cannot be used afterwards."""
         self._functions, self._params, self._weights = {}, [], {}
-        self._kv = self._pages = self._machine = None
+        self._kv = self._pages = self._machine = self._logits = None
 
     def _make_limits(self, library: Library, budget: Budget | None, draft: Package | None) -> Limits:
         if budget is None:
@@ -193,18 +204,18 @@ class TvmExecutor:
 
 
 class _Inputs:
-    """Memory for the integers of a call, by argument: written anew for each, and kept, since to make a tensor takes
+    """Memory for the numbers of a call, by argument: written anew for each, and kept, since to make a tensor takes
     ten times as long. `wrap`: numpy's array as TVM's tensor."""
 
-    def __init__(self, wrap: Callable[[NDArray[np.int32]], Any]) -> None:
+    def __init__(self, wrap: Callable[[NDArray[Any]], Any]) -> None:
         self._wrap = wrap
-        self._held: dict[str, NDArray[np.int32]] = {}
+        self._held: dict[str, NDArray[Any]] = {}
 
-    def put(self, name: str, values: NDArray[np.int32]) -> Any:
+    def put(self, name: str, values: NDArray[Any]) -> Any:
         """The values as a tensor, until the next of this name."""
         held = self._held.get(name)
         if held is None or held.size < values.size:
-            room = np.empty(2 * values.size + ALIGNMENT, np.int32)
+            room = np.empty(2 * values.size + ALIGNMENT, values.dtype)
             held = self._held[name] = room[-room.ctypes.data % ALIGNMENT // room.itemsize :]
         view = held[: values.size].reshape(values.shape)
         view[...] = values

@@ -68,8 +68,9 @@ def compile_library(spec: Mapping[str, Any], destination: Path, report: Report) 
     family = get_family(spec["family"])
     config = family.Config.from_hf(spec["config"])
     lowering = make_lowering(target, quantization, layout)
+    sizes = config.hidden_size, config.vocab_size
     with where:
-        program = lowering.export(family.Model(config, lowering), config.attention, config.hidden_size, limits)
+        program = lowering.export(family.Model(config, lowering), config.attention, sizes, limits)
     description = make_description(spec, program, config.vocab_size)
 
     def describe(module: IRModule) -> str:

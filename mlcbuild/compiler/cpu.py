@@ -23,6 +23,7 @@ from mlcbuild.compiler.kernels import (
     linear_rows16,
     linear_vnni,
     quantize_rows,
+    sampling,
 )
 from mlcbuild.compiler.kernels.kv_pages import Heads, choose_dtype, make_kind
 from mlcbuild.compiler.lowering import PAGE_SIZE, AttentionShape, Program
@@ -175,10 +176,11 @@ class CpuProgram(nn.Module):
     """The exported functions; `pages` is updated in place and also returned."""
 
     def __init__(
-        self, network: nn.Module, shape: AttentionShape, hidden_size: int, kv_dtype: str, zero: int | None
+        self, network: nn.Module, shape: AttentionShape, sizes: tuple[int, int], kv_dtype: str, zero: int | None
     ) -> None:
         super().__init__()
-        self.network, self.hidden_size, self.zero = network, hidden_size, zero
+        self.network, self.zero = network, zero
+        self.hidden_size, self.vocab_size = sizes
         self.heads = Heads(shape.layers, shape.heads, shape.kv_heads, shape.head_dim, kv_dtype)
         frequencies = elementwise.inverse_frequencies(shape.head_dim, shape.rope_theta, shape.rope_scaling)
         self.frequencies = np.ascontiguousarray(frequencies)
@@ -223,6 +225,11 @@ class CpuProgram(nn.Module):
         h, pages = self._layers(input_embeds, positions, rows, table, pages)
         return self.network.normed(h), pages
 
+    def pick_tokens(self, logits: Tensor, rows: Tensor, draws: Tensor) -> Tensor:
+        """The next tokens of some rows of logits: int32 [b]; see kernels/sampling.py."""
+        kernel = sampling.make_pick_tokens(self.vocab_size)
+        return op.tensor_ir_op(kernel, "pick_tokens", [logits, rows, draws], _out([rows.shape[0]], "int32"))
+
     def _layers(
         self, h: Tensor, positions: Tensor, rows: Tensor, table: Tensor, pages: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -253,6 +260,12 @@ class CpuProgram(nn.Module):
             "batch_decode": {**embeds, **paged},
             "batch_verify": {**embeds, **paged},
             "batch_prefill_to_last_hidden_states": {**embeds, **paged},
+            "pick_tokens": {
+                "logits": nn.spec.Tensor(["n", -(-self.vocab_size // 16) * 16], "float32"),
+                "rows": nn.spec.Tensor(["b"], "int32"),
+                "draws": nn.spec.Tensor(["b", len(sampling.DRAW)], "float64"),
+                "$": {"param_mode": "none", "effect_mode": "none"},
+            },
         }
         return nn.spec.ModuleSpec.from_raw(functions, self)
 
@@ -288,10 +301,10 @@ class CpuLowering:
         fused = _kernel(quantize_rows.make_silu_mul_quantize, width, zero=self.zero)
         return Coded(y, make_codes(fused, "silu_mul_quantize", width, [gate_up]))
 
-    def export(self, model: nn.Module, shape: AttentionShape, hidden_size: int, limits: Limits) -> Program:
+    def export(self, model: nn.Module, shape: AttentionShape, sizes: tuple[int, int], limits: Limits) -> Program:
         """See lowering.Lowering; raises CompileError for a shape that the kernels cannot hold."""
-        check_shape(shape, hidden_size)
-        program = CpuProgram(model, shape, hidden_size, self.kv_dtype, self.zero)
+        check_shape(shape, sizes[0])
+        program = CpuProgram(model, shape, sizes, self.kv_dtype, self.zero)
         module, named = program.export_tvm(spec=program.spec())[:2]
         params = [(n.removeprefix("network."), tuple(int(s) for s in p.shape), str(p.dtype)) for n, p in named]
         kv = {

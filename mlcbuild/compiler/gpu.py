@@ -244,7 +244,7 @@ class GpuLowering:
 
         return op.tensor_expr_op(make, "silu_mul", [gate_up])
 
-    def export(self, model: nn.Module, shape: AttentionShape, hidden_size: int, limits: Limits) -> Program:
+    def export(self, model: nn.Module, shape: AttentionShape, sizes: tuple[int, int], limits: Limits) -> Program:
         """See lowering.Lowering; call it under the TVM target, which TVM's KV kernels are made for.
 
         Raises CompileError for a rotary scaling that is not implemented.
@@ -252,7 +252,7 @@ class GpuLowering:
         for layer in vars(model).values():
             if isinstance(layer, Linear):  # beside the decoder, not in it: the head, whose logits stay unrounded
                 layer.out_dtype = "float32"
-        program = GpuProgram(model, shape, hidden_size, self.q.dtype)
+        program = GpuProgram(model, shape, sizes[0], self.q.dtype)
         module, named = model.export_tvm(spec=program.spec())[:2]
         module[ROPE] = make_rope_kernel(shape, self.q.dtype)
         kv = {

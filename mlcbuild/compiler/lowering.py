@@ -64,10 +64,10 @@ class Lowering(Protocol):
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """[..., 2 n] -> [..., n]: silu of the first half times the second."""
 
-    def export(self, model: nn.Module, shape: AttentionShape, hidden_size: int, limits: Limits) -> Program:
-        """The functions embed, batch_prefill, batch_decode and batch_verify.
+    def export(self, model: nn.Module, shape: AttentionShape, sizes: tuple[int, int], limits: Limits) -> Program:
+        """The functions embed, batch_prefill, batch_decode and batch_verify. `sizes`: hidden and of the vocabulary.
 
-        On CPUs also batch_prefill_to_last_hidden_states, on GPUs create_paged_kv_cache.
+        On CPUs also batch_prefill_to_last_hidden_states and pick_tokens, on GPUs create_paged_kv_cache.
         """
 
 

@@ -100,7 +100,8 @@ def compile_for_cpu(config: dict[str, Any], quantization: str) -> tuple[Any, lis
     shape = family.Config.from_hf(config)
     lowering = make_lowering(target, recipes.quantizations[quantization], "canonical")
     with where, cheap_stack():
-        program = lowering.export(family.Model(shape, lowering), shape.attention, shape.hidden_size, LIMITS)
+        sizes = shape.hidden_size, shape.vocab_size
+        program = lowering.export(family.Model(shape, lowering), shape.attention, sizes, LIMITS)
     stages = make_pipeline(target, program.bounds, lambda module: "{}")
     assert {stage.name for stage in stages} > OFF_GPU
     stages = [stage for stage in stages if stage.name not in OFF_GPU]
