@@ -2,7 +2,7 @@
 
 y[m, n] = sum over groups of  scale_w * scale_x * (stored . codes + correction)  (+ bias) (+ y).
 
-One row: a GEMV that streams each tile of 16 outputs once; 8-bit codes and low nibbles are used as they are, high
+Up to four rows: each tile of 16 outputs is streamed once; 8-bit codes and low nibbles are used as they are, high
 nibbles times 16, so no shift of the weights is needed. More rows: weight-stationary; two tiles of one group are
 unpacked once into sixteen registers and meet all rows of a block, partial sums stay in an L1 scratch. Both add even and
 odd groups apart and in the same order: a row's result is the same to the last bit, whatever else is in the batch.
@@ -22,6 +22,7 @@ from mlcbuild.compiler.kernels.tir import F32, I32, Accumulator, Expr, f32, fma,
 from mlcbuild.quantization.layouts.int8_16x64 import SCALE_BYTES, accepts, get_block_bytes
 
 ONE = 127 << 23  # the bits of 1.0
+IN_REGISTERS = (1, 2, 4)  # rows whose sums stay in registers; those of six would not
 FEW = 8  # rows that are done before the next 8-bit weights are here: two tiles at once would be two streams to wait for
 AHEAD = {4: 12, 8: 8}  # blocks asked for in advance by the many-row path, too busy for the hardware prefetcher
 
@@ -42,16 +43,25 @@ def make_linear(out_features: int, in_features: int, *, bits: int, bias: bool, r
         y = tir.arg("y", (n, tiles * 16), "float32")
 
         store = tir.make_store(y, b, residual)
+
+        def emit(t: Expr, most: int, *more: int) -> None:
+            """Paths for at most so many rows, and for more."""
+            with T.If(n <= most):
+                with T.Then(), T.serial(pair) as r:
+                    if most in IN_REGISTERS:
+                        _few_rows(w, bits, acts, n, most, t * pair + r, store)
+                    else:
+                        _many_rows(w, bits, acts, y, t * pair + r, 1, blocks, store)
+                with T.Else():
+                    if more:
+                        emit(t, *more)
+                    else:
+                        _many_rows(w, bits, acts, y, t, pair, blocks, store)
+
         with tir.root():
             tir.begin()
-            with T.parallel(tiles // pair) as t, T.If(n == 1):
-                with T.Then(), T.serial(pair) as r:
-                    _one_row(w, bits, acts, t * pair + r, blocks, store)
-                with T.Else(), T.If((n <= FEW) & (bits == 8)):
-                    with T.Then(), T.serial(pair) as r:
-                        _many_rows(w, bits, acts, y, t * pair + r, 1, blocks, store)
-                    with T.Else():
-                        _many_rows(w, bits, acts, y, t, pair, blocks, store)
+            with T.parallel(tiles // pair) as t:
+                emit(t, *IN_REGISTERS, *([FEW] if bits == 8 else []))
 
     return tir.make_prim_func(body)
 
@@ -76,26 +86,32 @@ def _scale(w: Expr, tile: Expr, block: Expr, group: int) -> Expr:
     return tir.maximum(scales, f32(LEAST_SCALE))
 
 
-def _one_row(
-    w: Expr, bits: int, acts: tuple[Expr, Expr, Expr], tile: Expr, blocks: int, store: Callable[..., None]
+def _few_rows(
+    w: Expr, bits: int, acts: tuple[Expr, Expr, Expr], n: Expr, most: int, tile: Expr, store: Callable[..., None]
 ) -> None:
+    """One, two or four rows; the last of four may be padding."""
     codes, scales, corrections = acts
-    unroll = 2 if blocks % 2 == 0 else 1
-    sums = [Accumulator(), Accumulator()]
+    blocks, size = int(w.shape[1]), get_block_bytes(bits)
+    unroll = 2 if most == 1 and blocks % 2 == 0 else 1
+    in_advance = 2 if most == 1 else AHEAD[bits]
+    sums = [[Accumulator(), Accumulator()] for _ in range(most)]
     with T.serial(blocks // unroll) as step:
         for u in range(unroll):
             block = step * unroll + u
-            if bits == 8:  # 4-bit blocks gain nothing by it
-                for line in range(get_block_bytes(bits) // 64):
-                    tir.prefetch(T.address_of(w[tile, block, 2 * get_block_bytes(bits) + line * 64]))
+            if bits == 8 or most > 1:  # a lone row gains nothing by it from 4-bit blocks
+                for line in range(size // 64):
+                    tir.prefetch(T.address_of(w[tile, block, in_advance * size + line * 64]))
             for g in range(2):
-                group = block * 2 + g
-                scale = T.bind(_scale(w, tile, block, g) * spread(scales[group]))
-                inputs = [_four(codes, group * GROUP + v * 4) for v in range(8)]
-                vectors = [T.bind(_bytes(w, tile, block, at)) for at in _places(bits, g)]
-                dot = _dot_group(vectors, inputs, spread(corrections[group]))
-                sums[g].set(fma(T.cast(dot, F32), scale, sums[g].get()))
-    store(0, tile, sums[0].get() + sums[1].get())
+                weights = [T.bind(_bytes(w, tile, block, at)) for at in _places(bits, g)]
+                scale = T.bind(_scale(w, tile, block, g))
+                for m, of_row in enumerate(sums):
+                    at = T.bind((block * 2 + g) * most + m)
+                    inputs = [_four(codes, at * GROUP + v * 4) for v in range(8)]
+                    dot = _dot_group(weights, inputs, spread(corrections[at]))
+                    of_row[g].set(fma(T.cast(dot, F32), scale * spread(scales[at]), of_row[g].get()))
+    for m, of_row in enumerate(sums):
+        with T.If(T.int64(m) < n), T.Then():
+            store(T.int64(m), tile, of_row[0].get() + of_row[1].get())
 
 
 def _places(bits: int, group: int) -> list[int]:
