@@ -122,7 +122,7 @@ class Skip:
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What this invocation of doit is about: `builds` have tasks, `selected` are those that the variables name, less
-    what a matrix has and this machine cannot build: `skipped`. `draft`: what the variable of that name stands for, a
+    what a matrix or glob has and cannot be built: `skipped`. `draft`: what the variable of that name stands for, a
     small model for the one that is selected."""
 
     root: Path
@@ -196,7 +196,7 @@ def load_plan(root: Path, variables: Mapping[str, str]) -> Plan:
     asked = {name: value for name, value in variables.items() if name in VARIABLES}
     machine = LazyMachine()
     variants = make_variants(recipes, asked)
-    skipped = list_conflicts(recipes, variants, whole="matrix" not in asked)
+    skipped = list_conflicts(recipes, variants, whole="matrix" not in asked and set("*?[").isdisjoint(str(asked)))
     left_out = {skip.variant for skip in skipped}
     selected = [make_build(variant, recipes, machine) for variant in variants if variant.id not in left_out]
     if "matrix" in asked and "variant" not in asked:

@@ -46,6 +46,8 @@ def test_what_cannot_be_is_listed(project: Path) -> None:
     assert take_log(project) == ["convert 4", "package", "verify"]
     reason = "quantization q4 needs fp8, which target other does not provide"
     assert done.stdout.splitlines()[-1] == f"skip  m/q4/other  {reason}"
+    done = doit(project, "build", "target=*")
+    assert done.stdout.splitlines()[-1] == f"skip  m/q4/other  {reason}"
     for args in (["target=other"], ["matrix=nightly", "target=other"], ["variant=m/q4/other"]):
         done = doit(project, "build", *args)
         assert (done.returncode, done.stdout) == (3, "")
