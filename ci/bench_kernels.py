@@ -112,7 +112,9 @@ def make_arguments(benchmark: Benchmark, cold: int) -> list[list[Any]]:
     }
     return [
         [
-            shared[p.name] if p.name in shared else make_array(None, shapes[p.name], dtypes[p.name])
+            shared[p.name]
+            if p.name in shared
+            else make_array(benchmark.values.get(p.name), shapes[p.name], dtypes[p.name])
             for p in benchmark.kernel.params
         ]
         for _ in range(copies)

@@ -23,7 +23,7 @@ from engine.machine import get_cpu_features, get_machine, get_tvm_version
 
 SCHEMA = 1  # of manifest.json; raised when a field changes its meaning
 ABI = 1  # of the library's functions and of library.json; raised when the executor would call them differently
-KV_ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+KV_ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "int8": 1}
 
 MANIFEST = "manifest.json"
 RECORD = "record.json"
@@ -74,6 +74,11 @@ class KvShape:
     kv_heads: int
     page_size: int
     head_dim: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one key or value of a layer and head; int8 codes have a float32 scale beside them."""
+        return self.head_dim * KV_ITEM_BYTES[self.dtype] + (4 if self.dtype == "int8" else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,8 +225,7 @@ class _Reader:
     """Typed access to a package's JSON, and the one way to refuse it."""
 
     def __init__(self, root: Path, rebuild: str) -> None:
-        self.root = root
-        self.rebuild = rebuild
+        self.root, self.rebuild = root, rebuild
 
     def refuse(self, what: str, hint: str | None = None) -> NoReturn:
         raise PackageInvalid(f"{self.root}: {what}", hint=hint or f"rebuild the package: {self.rebuild}")
@@ -294,6 +298,7 @@ def _make_manifest(check: _Reader, data: dict[str, Any], library: dict[str, Any]
 
 def _make_library(check: _Reader, data: dict[str, Any]) -> Library:
     limits, kv = check.get(data, "limits", dict), check.get(data, "kv", dict)
+    sizes = check.numbers(kv, "layers", "kv_heads", "page_size", "head_dim")
     return Library(
         abi=check.get(data, "abi", int),
         family=check.get(data, "family", str),
@@ -309,11 +314,7 @@ def _make_library(check: _Reader, data: dict[str, Any]) -> Library:
         ),
         limits=LibraryLimits(**check.numbers(limits, "context_window", "prefill_chunk", "max_batch")),
         vocab_size=check.get(data, "vocab_size", int),
-        kv=KvShape(
-            kind=check.get(kv, "kind", str),
-            dtype=check.get(kv, "dtype", str),
-            **check.numbers(kv, "layers", "kv_heads", "page_size", "head_dim"),
-        ),
+        kv=KvShape(check.get(kv, "kind", str), check.get(kv, "dtype", str), **sizes),
         memory=check.get(data, "memory", dict),
         levels=tuple(
             Level(check.get(level, "file", str), check.get(level, "target", str), check.texts(level, "requires"))
@@ -395,5 +396,5 @@ def _make_package(check: _Reader, manifest: Manifest) -> Package:
 
 def _split_folder_name(name: str) -> list[str]:
     """["tiny", "q4f16_1", "x86-64-v4"] of "tiny-q4f16_1-x86-64-v4"; [] when the name has no quantization in it."""
-    found = re.fullmatch(r"(.+?)-(q\d+f\d+(?:_\d+)?)-(.+)", name)
+    found = re.fullmatch(r"(.+?)-(q\d+f\d+(?:_\w+)?)-(.+)", name)
     return list(found.groups()) if found else []

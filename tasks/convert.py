@@ -21,7 +21,7 @@ def make_actions(plan: Plan) -> Iterator[Action]:
                 "family": build.model.family,
                 "random": build.model.source.random,
                 "seed": build.model.source.seed,
-                "quantization": quantization.model_dump(mode="json", exclude={"description", "needs"}),
+                "quantization": quantization.model_dump(mode="json", exclude={"description", "needs", "kv"}),
                 "layout": build.layout,
             },
             inputs={"weights": build.sources / "*.safetensors*", "config": build.sources / "config.json"},

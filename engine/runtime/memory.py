@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
-from engine.artifact import KV_ITEM_BYTES, Library
+from engine.artifact import Library
 from engine.core import Limits
 from engine.errors import DoesNotFit, InvalidSetting
 
@@ -84,7 +84,7 @@ def get_free_memory() -> int:
 def get_token_bytes(library: Library) -> int:
     """Bytes of one position of the KV cache: key and value, in all layers."""
     kv = library.kv
-    return kv.layers * 2 * kv.kv_heads * kv.head_dim * KV_ITEM_BYTES[kv.dtype]
+    return kv.layers * 2 * kv.kv_heads * kv.row_bytes
 
 
 def _get_batch(library: Library, mode: str) -> int:

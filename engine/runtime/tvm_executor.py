@@ -81,8 +81,9 @@ class TvmExecutor:
         made = limits or self._make_limits(library, budget, draft)
         self.limits: Limits = replace(made, hidden_size=self._find_hidden_size(), picks_tokens=PICK in self._functions)
         kv = library.kv
-        shape = (kv.layers, self.limits.num_pages, 2, kv.kv_heads, kv.page_size, kv.head_dim)
-        self._pages: NDArray[Any] | None = make_aligned(shape, np.dtype(HELD_AS.get(dtype, dtype)))
+        held = np.dtype(HELD_AS.get(dtype, dtype))
+        shape = (kv.layers, self.limits.num_pages, 2, kv.kv_heads, kv.page_size, kv.row_bytes // held.itemsize)
+        self._pages: NDArray[Any] | None = make_aligned(shape, held)
         self._kv = wrap(self._pages)
 
     def run(self, batch: Batch) -> NDArray[np.float32]:
@@ -126,7 +127,7 @@ class TvmExecutor:
         self._pages[:, destination] = self._pages[:, source]
 
     def read_pages(self, pages: Sequence[int]) -> NDArray[Any]:
-        """[layers, len(pages), 2, kv_heads, page_size, head_dim]."""
+        """[layers, len(pages), 2, kv_heads, page_size, head_dim], or a little more for int8 codes with their scales."""
         assert self._pages is not None, "closed"
         return self._pages[:, np.asarray(pages, np.intp)]
 

@@ -25,7 +25,8 @@ from mlcbuild.compiler.kernels import (
     quantize_rows,
     sampling,
 )
-from mlcbuild.compiler.kernels.kv_pages import Heads, choose_dtype, make_kind
+from mlcbuild.compiler.kernels.kv_pages import choose_dtype, make_kind
+from mlcbuild.compiler.kernels.kv_place import Heads
 from mlcbuild.compiler.lowering import PAGE_SIZE, AttentionShape, Program
 from mlcbuild.errors import CompileError
 from mlcbuild.quantization import get_layout
@@ -176,12 +177,11 @@ class CpuProgram(nn.Module):
     """The exported functions; `pages` is updated in place and also returned."""
 
     def __init__(
-        self, network: nn.Module, shape: AttentionShape, sizes: tuple[int, int], kv_dtype: str, zero: int | None
+        self, network: nn.Module, shape: AttentionShape, heads: Heads, sizes: tuple[int, int], zero: int | None
     ) -> None:
         super().__init__()
-        self.network, self.zero = network, zero
+        self.network, self.heads, self.zero = network, heads, zero
         self.hidden_size, self.vocab_size = sizes
-        self.heads = Heads(shape.layers, shape.heads, shape.kv_heads, shape.head_dim, kv_dtype)
         frequencies = elementwise.inverse_frequencies(shape.head_dim, shape.rope_theta, shape.rope_scaling)
         self.frequencies = np.ascontiguousarray(frequencies)
 
@@ -248,9 +248,7 @@ class CpuProgram(nn.Module):
             "positions": ids,
             "rows": ids,
             "table": nn.spec.Tensor(["sequences", "max_pages"], "int32"),
-            "pages": nn.spec.Tensor(
-                [h.layers, "page_count", 2, h.kv_heads, PAGE_SIZE, h.head_dim], make_kind(h).stored
-            ),
+            "pages": nn.spec.Tensor([h.layers, "page_count", 2, h.kv_heads, PAGE_SIZE, h.row], make_kind(h).stored),
             "$": packed,
         }
         embeds = {"input_embeds": nn.spec.Tensor(["n", self.hidden_size], "float32")}
@@ -277,11 +275,10 @@ class CpuLowering:
     `avx512`: whether its registers have 512 bits. `kv_dtype`: of the KV cache's pages.
     """
 
-    def __init__(
-        self, quantization: Quantization, layout: str, dot: linear_dot.Dot | None, kv_dtype: str, *, avx512: bool
-    ) -> None:
+    def __init__(self, target: Target, quantization: Quantization, layout: str, dot: linear_dot.Dot | None) -> None:
         self.q, self.layout, self.dot = quantization, layout, dot
-        self.avx512, self.kv_dtype = avx512, kv_dtype
+        self.avx512, self.vnni = "avx512f" in target.requires, "avx512_vnni" in target.requires
+        self.kv_dtype = choose_dtype(quantization, target.requires)
         self.zero = get_zero(quantization.bits) if layout == TILES else None
 
     def linear(self, in_features: int, out_features: int, bias: bool = False) -> nn.Module:
@@ -304,7 +301,8 @@ class CpuLowering:
     def export(self, model: nn.Module, shape: AttentionShape, sizes: tuple[int, int], limits: Limits) -> Program:
         """See lowering.Lowering; raises CompileError for a shape that the kernels cannot hold."""
         check_shape(shape, sizes[0])
-        program = CpuProgram(model, shape, sizes, self.kv_dtype, self.zero)
+        heads = Heads(shape.layers, shape.heads, shape.kv_heads, shape.head_dim, self.kv_dtype, vnni=self.vnni)
+        program = CpuProgram(model, shape, heads, sizes, self.zero)
         module, named = program.export_tvm(spec=program.spec())[:2]
         params = [(n.removeprefix("network."), tuple(int(s) for s in p.shape), str(p.dtype)) for n, p in named]
         kv = {
@@ -340,5 +338,4 @@ def make_lowering(target: Target, quantization: Quantization, layout: str) -> Cp
             f"target {target.name} has no dot product of bytes for the weight layout {layout}",
             hint=f"recipes/targets/{target.name}.yaml: requires: avx512_vnni or {' or '.join(linear_dot.DOTS)}",
         )
-    kv_dtype = choose_dtype(quantization, target.requires)
-    return CpuLowering(quantization, layout, dot, kv_dtype, avx512="avx512f" in target.requires)
+    return CpuLowering(target, quantization, layout, dot)

@@ -289,5 +289,10 @@ def make_rope_kernel(shape: AttentionShape, dtype: str) -> tirx.PrimFunc:
 
 
 def make_lowering(target: Target, quantization: Quantization, layout: str) -> GpuLowering:
-    """See lowering.make_lowering; `layout` is always canonical."""
+    """See lowering.make_lowering; `layout` is always canonical. Raises CompileError for a KV cache of codes."""
+    if quantization.kv != "float":
+        raise CompileError(
+            f"quantization {quantization.name}: kv: {quantization.kv} is implemented for CPU targets only",
+            hint="choose another quantization, or a target of kind cpu",
+        )
     return GpuLowering(quantization)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from engine.artifact import KvShape
+
 
 def make_card(manifest: Mapping[str, Any], weights: int, differences: Sequence[str]) -> str:
     """The card as Markdown, from the manifest's content (without its files), the bytes of all weights, and what
@@ -97,8 +99,7 @@ def _make_limits(library: Mapping[str, Any]) -> str:
 
 def _make_memory(library: Mapping[str, Any], weights: int) -> str:
     kv = library["kv"]
-    item = 4 if kv["dtype"] == "float32" else 1 if kv["dtype"] == "int8" else 2
-    per_token = kv["layers"] * 2 * kv["kv_heads"] * kv["head_dim"] * item
+    per_token = kv["layers"] * 2 * kv["kv_heads"] * KvShape(**kv).row_bytes
     rows = [("weights", f"{weights:,}"), ("KV cache, per token", f"{per_token:,}")]
     rows += [(f"workspace of `{name}`", f"{size:,}") for name, size in sorted(library["memory"].items())]
     return _make_table(("what", "bytes"), rows)

@@ -255,7 +255,7 @@ def apply_overrides(matrix: Matrix, variant: Variant) -> Variant:
 
 
 def find_conflict(recipes: Recipes, variant: Variant) -> str | None:
-    """Why there can be no such variant: a capability that its target does not provide, or no weight layout; else None.
+    """Why there can be no such variant: what its target does not provide, or no weight layout; else None.
 
     Raises RecipeError for a capability that no target provides: it is misspelt.
     """
@@ -268,6 +268,8 @@ def find_conflict(recipes: Recipes, variant: Variant) -> str | None:
             if word not in target.provides:
                 check_capability(recipes, f"{what} {recipe.name}", word)
                 return f"{what} {recipe.name} needs {word}, which target {target.name} does not provide"
+    if quantization.kv == "int8" and target.kind != "cpu":
+        return f"quantization {quantization.name} has kv: int8, which is for CPUs, and target {target.name} is not one"
     try:
         choose_layout(target, quantization)
     except RecipeError as error:

@@ -124,6 +124,9 @@ class Quantization(Recipe):
     activations: Literal["int8", "float32"] = Field(
         default="float32", description="what CPU matmuls may round inputs to"
     )
+    kv: Literal["float", "int8"] = Field(
+        default="float", description="KV pages of CPUs: floats, or int8 codes with a scale for each key and value"
+    )
     parameters: dict[str, int | float | str] = Field(default_factory=dict, description="keys of the method's own")
     needs: list[str] = Field(default_factory=list, description="capabilities that a target must provide")
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import test_attention as attention
 import test_kernels as kernels
 import tvm
 
@@ -42,7 +43,7 @@ def build(target: dict[str, Any], tmp_path: Path) -> Callable[[Any], Callable[..
     """As test_kernels.build, for ARM."""
     made: list[Path] = []
 
-    def build(kernel: Any) -> Callable[..., None]:
+    def build(kernel: Any, _target: str | None = None) -> Callable[..., None]:
         name = tmp_path / f"kernel{len(made)}"
         made.append(name)
         module = tvm.IRModule({"f": kernel.with_attr("global_symbol", "f")})
@@ -82,10 +83,10 @@ def test_small_kernels(monkeypatch: pytest.MonkeyPatch, build: Any, rng: np.rand
     kernels.test_fused_quantization_equals_its_parts(rng, 96)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
 def test_attention(monkeypatch: pytest.MonkeyPatch, build: Any, rng: np.random.Generator, dtype: str) -> None:
-    monkeypatch.setattr(kernels, "build", build)
-    kernels.test_attention_over_pages(rng, 8, 2, 64, dtype)
+    monkeypatch.setattr(attention, "build", build)
+    attention.test_attention_over_pages(rng, dtype, 8, 2, 64)
 
 
 @pytest.mark.parametrize("q", [kernels.Q4F16, kernels.Q8F16, kernels.Q0F16], ids=lambda q: q.name)

@@ -5,24 +5,31 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import tvm
-from kernel_calls import build, codes_for
+from kernel_calls import HAS_VNNI, build, codes_for
 
 from engine.machine import get_cpu_features
 from mlcbuild.compiler.kernels import attention, bf16, quantize_rows
-from mlcbuild.compiler.kernels.kv_pages import Heads, choose_dtype, make_kind
+from mlcbuild.compiler.kernels.kv_pages import choose_dtype, make_kind
+from mlcbuild.compiler.kernels.kv_place import Heads
 from mlcbuild.recipes.schema import Quantization
 
 HAS_BF16 = bf16.FEATURE in (get_cpu_features() or ())
 needs_bf16 = pytest.mark.skipif(not HAS_BF16, reason="this processor has no AVX512-BF16")
-DTYPES = ["float32", "float16", pytest.param("bfloat16", marks=needs_bf16)]
+needs_vnni = pytest.mark.skipif(not HAS_VNNI, reason="this processor has no AVX512-VNNI")
+VNNI = pytest.param("int8, vnni", marks=needs_vnni)
+DTYPES = ["float32", "float16", pytest.param("bfloat16", marks=needs_bf16), "int8", VNNI]
+TARGETS = {"bfloat16": "x86-64-v4-bf16", "int8": "x86-64-v3", "int8, vnni": "x86-64-v4-vnni"}
 SHAPES = [(8, 4, 32), (8, 2, 64), (7, 1, 64), (2, 2, 128), (20, 1, 32), (5, 5, 96)]
 CASES = [
     *(("float32", *shape) for shape in SHAPES),
     *(("float16", *shape) for shape in SHAPES[1:3]),
     *(pytest.param("bfloat16", *shape, marks=needs_bf16) for shape in SHAPES[1:]),
+    *(("int8", *shape) for shape in SHAPES[2:5]),
+    *(pytest.param("int8, vnni", *shape, marks=needs_vnni) for shape in SHAPES),
 ]
-# of the L2 norm: keys and values are rounded as they are kept, for bfloat16 queries and weights too
-TOLERANCES = {"float32": 2e-6, "float16": 5e-4, "bfloat16": 4e-3}
+# of the L2 norm: keys and values are rounded as they are kept, for bfloat16 queries and weights too; those of int8 are
+# compared with what the pages hold, those of vnni for rounded queries
+TOLERANCES = {"float32": 2e-6, "float16": 5e-4, "bfloat16": 4e-3, "int8": 2e-6, "int8, vnni": 1e-3}
 
 
 @pytest.fixture
@@ -30,16 +37,61 @@ def rng():
     return np.random.default_rng(0)
 
 
+def make_heads(dtype, heads, kv_heads, head_dim, layers=1, window=0):
+    """Heads of a dtype in DTYPES."""
+    name, _, vnni = dtype.partition(", ")
+    return Heads(layers, heads, kv_heads, head_dim, name, window, vnni=bool(vnni))
+
+
 def make(kernel, h, **options):
     """A kernel for pages of this dtype."""
-    return build(kernel(h, **options), "x86-64-v4-bf16" if h.dtype == "bfloat16" else None)
+    return build(kernel(h, **options), TARGETS.get("int8, vnni" if h.vnni else h.dtype))
 
 
 def make_pages(h, count):
     """Pages of NaN: what was never written must never be read."""
     stored = make_kind(h).stored
-    shape = (h.layers, count, 2, h.kv_heads, 16, h.head_dim)
-    return np.full(shape, 0x7FC0 if stored == "uint16" else np.nan, stored)
+    shape = (h.layers, count, 2, h.kv_heads, 16, h.row)
+    return np.full(shape, {"uint16": 0x7FC0, "int8": -1}.get(stored, np.nan), stored)
+
+
+def fill_pages(rng, h, count):
+    """Pages of random numbers."""
+    numbers = rng.normal(size=(h.layers, count, 2, h.kv_heads, 16, h.head_dim)).astype(np.float32)
+    if h.dtype == "bfloat16":
+        return (numbers.view(np.uint32) >> 16).astype(np.uint16)
+    if h.dtype != "int8":
+        return numbers.astype(h.dtype)
+    codes = rng.integers(-127, 128, (*numbers.shape[:4], 16 * h.head_dim)).astype(np.int8)
+    scales = np.abs(numbers[..., 0]).view(np.int8)
+    return np.concatenate([codes, scales], -1).reshape(*numbers.shape[:5], h.row)
+
+
+def read_pages(h, pages, layer, table, length):
+    """[2, length, kv_heads, head_dim]: what int8 pages of one sequence stand for."""
+    d, found = h.head_dim, pages[layer, table].reshape(-1, 2, h.kv_heads, 16 * h.row)
+    codes, scales = found[..., : 16 * d], found[..., 16 * d :].copy().view(np.float32)[..., None]
+    if h.vnni:
+        fours = (codes[:, 0] ^ np.int8(-128)).reshape(-1, h.kv_heads, d // 4, 16, 4)
+        keys = fours.swapaxes(2, 3).reshape(-1, h.kv_heads, 16, d)
+        values = codes[:, 1].reshape(-1, h.kv_heads, 8, d, 2).swapaxes(3, 4).reshape(-1, h.kv_heads, 16, d)
+    else:
+        keys = codes[:, 0].reshape(-1, h.kv_heads, d, 16).swapaxes(2, 3)
+        values = codes[:, 1].reshape(-1, h.kv_heads, 16, d)
+    both = keys * scales[:, 0], values * scales[:, 1]
+    return np.stack([t.swapaxes(1, 2).reshape(-1, h.kv_heads, d)[:length] for t in both])
+
+
+def round_queries(h, q):
+    """Queries as they are multiplied."""
+    steps = np.abs(q).max(-1, keepdims=True) / 127
+    return np.rint(q / steps) * steps if h.vnni else q
+
+
+def check_codes(found, wanted):
+    """Keys and values of int8 pages are off by half a step at most."""
+    steps = np.abs(wanted).max(-1, keepdims=True) / 127
+    assert (np.abs(found - wanted) <= 0.5001 * steps).all()
 
 
 def make_rope(rng, n, d):
@@ -65,7 +117,7 @@ def attend(q, positions, rows, history, window=0):
 @pytest.mark.parametrize(("dtype", "heads", "kv_heads", "d"), CASES)
 def test_attention_over_pages(rng, dtype, heads, kv_heads, d):
     """Chunks of two sequences, mixed with single tokens, appended and attended through a shuffled page table."""
-    h = Heads(layers=2, heads=heads, kv_heads=kv_heads, head_dim=d, dtype=dtype)
+    h = make_heads(dtype, heads, kv_heads, d, layers=2)
     append, attend_kernel = make(attention.make_rope_append, h), make(attention.make_attention, h)
     pages, table = make_pages(h, 40), rng.permutation(40).astype(np.int32).reshape(2, 20)
     untouched = pages[0].copy()
@@ -91,9 +143,14 @@ def test_attention_over_pages(rng, dtype, heads, kv_heads, d):
             kv = x[m, heads:].reshape(2, 1, kv_heads, d)
             history[row] = kv if history[row] is None else np.concatenate([history[row], kv], 1)
         append(qkv, pages, rope, positions, rows, table, 1)
+        if h.dtype == "int8":
+            for row in set(rows.tolist()):
+                found = read_pages(h, pages, 1, table[row], history[row].shape[1])
+                check_codes(found, history[row])
+                history[row] = found
         y = np.zeros((n, heads * d), np.float32)
         attend_kernel(qkv, pages, positions, rows, table, 1, y)
-        wanted = attend(x[:, :heads], positions, rows, history)
+        wanted = attend(round_queries(h, x[:, :heads]), positions, rows, history)
         error = np.linalg.norm(y.reshape(wanted.shape) - wanted, axis=-1) / np.linalg.norm(wanted, axis=-1)
         assert np.sqrt((error**2).mean()) < TOLERANCES[dtype]
         assert error.max() < 4 * TOLERANCES[dtype]
@@ -103,7 +160,7 @@ def test_attention_over_pages(rng, dtype, heads, kv_heads, d):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_token_does_not_depend_on_the_others(rng, dtype):
     """Its result is the same to the bit in a call alone, among its own sequence, and among others; on any threads."""
-    h = Heads(layers=1, heads=6, kv_heads=2, head_dim=64, dtype=dtype)
+    h = make_heads(dtype, 6, 2, 64)
     append, kernel = make(attention.make_rope_append, h), make(attention.make_attention, h)
     length, table = 150, rng.permutation(20).astype(np.int32).reshape(2, 10)
     rows, positions = np.repeat([0, 1], length).astype(np.int32), np.tile(np.arange(length), 2).astype(np.int32)
@@ -129,11 +186,11 @@ def test_a_token_does_not_depend_on_the_others(rng, dtype):
         threads(1, 2)
 
 
-@pytest.mark.parametrize("dtype", [DTYPES[0], DTYPES[2]])
+@pytest.mark.parametrize("dtype", ["float32", *DTYPES[2:]])
 @pytest.mark.parametrize("window", [1, 20, 130, 1000])
 def test_a_sliding_window(rng, dtype, window):
     """Prompts and lone tokens, whose windows begin in any block, or before the first position."""
-    h = Heads(layers=1, heads=6, kv_heads=2, head_dim=64, dtype=dtype, window=window)
+    h = make_heads(dtype, 6, 2, 64, window=window)
     append, kernel = make(attention.make_rope_append, h), make(attention.make_attention, h)
     length, table = 420, rng.permutation(27).astype(np.int32)[None]
     rows, positions = np.zeros(length, np.int32), np.arange(length, dtype=np.int32)
@@ -148,10 +205,10 @@ def test_a_sliding_window(rng, dtype, window):
         0,
     )
     x = qkv.reshape(length, 10, 64)
-    history = {0: [x[:, 6:8], x[:, 8:]]}
+    history = {0: read_pages(h, pages, 0, table[0], length) if h.dtype == "int8" else [x[:, 6:8], x[:, 8:]]}
     whole = np.zeros((length, 384), np.float32)
     kernel(qkv, pages, positions, rows, table, 0, whole)
-    wanted = attend(x[:, :6], positions, rows, history, window)
+    wanted = attend(round_queries(h, x[:, :6]), positions, rows, history, window)
     error = np.linalg.norm(whole.reshape(wanted.shape) - wanted, axis=-1) / np.linalg.norm(wanted, axis=-1)
     assert np.sqrt((error**2).mean()) < TOLERANCES[dtype]
     for tokens in ([3], [129], [419], [*range(140, 180)]):
@@ -164,11 +221,10 @@ def test_a_sliding_window(rng, dtype, window):
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_attention_quantizes_as_its_parts(rng, heads, kv_heads, d, dtype):
     """Codes straight from attention are those of its plain results, to the last bit; also of a padded row."""
-    h = Heads(layers=1, heads=heads, kv_heads=kv_heads, head_dim=d, dtype=dtype)
+    h = make_heads(dtype, heads, kv_heads, d)
     plain, fused = make(attention.make_attention, h), make(attention.make_attention, h, zero=7)
     quantizer = build(quantize_rows.make_quantize_rows(heads * d, zero=7))
-    numbers = rng.normal(size=(1, 12, 2, kv_heads, 16, d)).astype(np.float32)
-    pages = (numbers.view(np.uint32) >> 16).astype(np.uint16) if dtype == "bfloat16" else numbers.astype(dtype)
+    pages = fill_pages(rng, h, 12)
     table = rng.permutation(12).astype(np.int32).reshape(2, 6)
     for n in (1, 2, 5, 66):
         rows, positions = np.zeros(n, np.int32), np.arange(20, 20 + n, dtype=np.int32)
@@ -188,7 +244,7 @@ def test_attention_quantizes_as_its_parts(rng, heads, kv_heads, d, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_extreme_activations_stay_finite(rng, dtype):
     """One huge score, outliers, zeros and denormals give no NaN; a lone huge score takes all of the weight."""
-    h, n = Heads(layers=1, heads=4, kv_heads=2, head_dim=32, dtype=dtype), 140
+    h, n = make_heads(dtype, 4, 2, 32), 140
     append, kernel = make(attention.make_rope_append, h), make(attention.make_attention, h)
     pages, table = make_pages(h, 9), np.arange(9, dtype=np.int32)[None]
     qkv = rng.choice(np.array([1e4, -1e4, 0.0, 1e-40, -1e-40, 1.0], np.float32), (n, h.width))
@@ -216,3 +272,4 @@ def test_pages_are_bfloat16_where_the_processor_multiplies_it_and_activations_ma
     assert choose_dtype(bytes_, ["avx512_vnni"]) == "float16"
     assert choose_dtype(whole, ["avx512_bf16"]) == "float16"
     assert choose_dtype(bytes_.model_copy(update={"dtype": "float32"}), ["avx512_bf16"]) == "float32"
+    assert choose_dtype(bytes_.model_copy(update={"kv": "int8"}), ["avx512_bf16"]) == "int8"

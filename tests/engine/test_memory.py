@@ -78,6 +78,13 @@ def test_a_draft_model_is_within_the_budget() -> None:
         make_limits(LLAMA, WEIGHTS, Budget("server", 100_000), 8 * GIB, draft=small)
 
 
+def test_int8_pages_hold_nearly_twice_as_many_tokens() -> None:
+    codes = replace(LLAMA, kv=replace(LLAMA.kv, dtype="int8"))
+    assert (get_token_bytes(LLAMA), get_token_bytes(codes)) == (16 * 2 * 8 * 128 * 2, 16 * 2 * 8 * (128 + 4))
+    floats, bytes_ = (get_sizes(make_limits(one, WEIGHTS, Budget("server"), 8 * GIB))[1] for one in (LLAMA, codes))
+    assert (floats, bytes_) == (90608, 175728)
+
+
 def test_tokens_that_are_asked_for() -> None:
     limits = make_limits(LLAMA, WEIGHTS, Budget("local", 20000), 64 * GIB)
     assert get_sizes(limits) == (4, 20000, 20000)

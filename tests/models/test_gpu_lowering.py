@@ -115,6 +115,18 @@ def check(found: NDArray[np.float32], wanted: NDArray[np.float32], most: float) 
     assert np.abs(found[ASKED] - wanted[ASKED]).max() < most
 
 
+def test_int8_pages_are_refused() -> None:
+    from mlcbuild.compiler.lowering import make_lowering
+
+    recipes = get_recipes()
+    with pytest.raises(CompileError) as caught:
+        make_lowering(recipes.targets["cuda-sm90"], recipes.quantizations["q4f16_1_kv8"], "canonical")
+    assert str(caught.value) == (
+        "quantization q4f16_1_kv8: kv: int8 is implemented for CPU targets only\n"
+        "  hint: choose another quantization, or a target of kind cpu"
+    )
+
+
 @pytest.fixture(autouse=True)
 def few_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TVM_NUM_THREADS", "2")

@@ -1,4 +1,5 @@
-"""What rounding activations to int8 costs on real text: tiny against numpy in float32, both over the same weights."""
+"""What rounding activations, keys and values to int8 costs on real text: tiny against numpy in float32, both over the
+same weights."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ def be_quiet(text: str, fraction: float | None = None) -> None:
     pass
 
 
-@pytest.mark.parametrize("quantization", ["q4f16_1", "q8f16_1"])
+@pytest.mark.parametrize("quantization", ["q4f16_1", "q4f16_1_kv8", "q8f16_1"])
 def test_rounding_activations_costs_little(build_embedded: Callable[..., Path], quantization: str) -> None:
     package = open_package(build_embedded("tiny", quantization))
     recipes = package.manifest.recipes

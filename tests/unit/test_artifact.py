@@ -137,6 +137,16 @@ def test_folder_of_another_name_still_gets_a_hint(root: Path) -> None:
     )
 
 
+def test_folder_of_a_long_quantization_name(root: Path) -> None:
+    moved = root.rename(root.with_name("tiny-q4f16_1_kv8-x86-64-v4"))
+    (moved / "manifest.json").unlink()
+    check_refused(
+        moved,
+        "incomplete: manifest.json, which is written last, is missing",
+        "rebuild the package: doit build model=tiny quantization=q4f16_1_kv8 target=x86-64-v4",
+    )
+
+
 def test_damaged_manifest(root: Path) -> None:
     (root / "manifest.json").write_text('{"schema": 1,')
     with pytest.raises(PackageInvalid, match=r"manifest\.json is not JSON: ") as caught:

@@ -235,6 +235,13 @@ def test_card_is_a_pure_function() -> None:
     assert "| made from | a folder of this project |" in make_card(manifest, 64, [])
 
 
+def test_card_counts_the_scales_of_int8_pages(parts: Parts, tmp_path: Path) -> None:
+    library = make_library()
+    parts.write(parts.library / "library.json", {**library, "kv": {**library["kv"], "dtype": "int8"}})
+    card = (parts.package(tmp_path / "package").root / "README.md").read_text()
+    assert "| KV cache, per token | 144 |" in card  # 2 layers x (k and v) x 3 heads x (8 codes and a float32)
+
+
 def convert(source: str, bos: str = "", bos_id: int | None = None) -> Any:
     return make_conversation("t", ChatTemplate(source, bos, ""), bos_id=bos_id, stop_ids=[7], stop=[])
 

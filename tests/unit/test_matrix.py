@@ -50,7 +50,7 @@ def test_comma_lists_and_globs_fill_up_from_the_default():
         "tiny/q0f32/x86-64-v4-vnni",
         "tiny/q4f16_1/x86-64-v4-vnni",
     ]
-    assert list_ids({"quantization": "q4*, q4f16_1", "target": "cuda-sm[89]0"}) == [
+    assert list_ids({"quantization": "q4f??_1, q4f16_1", "target": "cuda-sm[89]0"}) == [
         "tiny/q4f16_1/cuda-sm80",
         "tiny/q4f16_1/cuda-sm90",
         "tiny/q4f32_1/cuda-sm80",
@@ -101,7 +101,7 @@ def test_a_machine_that_no_target_fits():
         ),
         (
             {"quantization": "q9*"},
-            "unknown quantization 'q9*'\n  hint: known: q0f16, q0f32, q4f16_1, q4f32_1, q8f16_1, q8f32_1",
+            "unknown quantization 'q9*'\n  hint: known: q0f16, q0f32, q4f16_1, q4f16_1_kv8, q4f32_1, q8f16_1, q8f32_1",
         ),
         ({"matrix": "nightley"}, "unknown matrix 'nightley'\n  hint: did you mean nightly?"),
         ({"source": "rnd"}, "unknown source 'rnd'\n  hint: did you mean random?"),
@@ -206,6 +206,13 @@ def test_mistakes_in_a_matrix(write_matrix, extra, text):
     with pytest.raises(RecipeError) as caught:
         list_ids({"matrix": "m"}, recipes)
     assert str(caught.value) == text
+
+
+def test_int8_pages_are_for_cpus():
+    recipes = load_recipes(ROOT)
+    assert find_conflict(recipes, Variant("tiny", "q4f16_1_kv8", "x86-64")) is None
+    reason = find_conflict(recipes, Variant("tiny", "q4f16_1_kv8", "cuda-sm90"))
+    assert reason == "quantization q4f16_1_kv8 has kv: int8, which is for CPUs, and target cuda-sm90 is not one"
 
 
 def test_needs_and_provides_say_what_cannot_be(write_matrix):

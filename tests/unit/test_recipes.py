@@ -176,6 +176,13 @@ def test_unknown_method(project):
     )
 
 
+def test_unknown_kind_of_pages(project):
+    text = "method: group\nbits: 4\ndtype: float16\nkv: int4\n"
+    assert read_error(project, "q.yaml", text, "quantizations") == (
+        "recipes/quantizations/q.yaml:4:5: 'int4' is not one of float, int8, did you mean 'int8'?\n  kv: int4\n      ^"
+    )
+
+
 def test_exclude_without_a_reason_is_refused(project):
     text = "axes: {model: [a], quantization: [b], target: [c]}\nexclude:\n  - model: a\n"
     assert read_error(project, "m.yaml", text, "matrices") == (
@@ -212,7 +219,7 @@ def test_unknown_names_are_refused_with_the_nearest():
         load_recipes(ROOT).quantizations["zzz"]
     assert (
         str(caught.value)
-        == "unknown quantization 'zzz'\n  hint: known: q0f16, q0f32, q4f16_1, q4f32_1, q8f16_1, q8f32_1"
+        == "unknown quantization 'zzz'\n  hint: known: q0f16, q0f32, q4f16_1, q4f16_1_kv8, q4f32_1, q8f16_1, q8f32_1"
     )
 
 

@@ -1,7 +1,7 @@
 """Paged attention on the CPU: rotate and append, then causal attention straight over the pages.
 
 `rows[m]` is the line of token m in the page table, `positions[m]` its place in the sequence. What a page holds and how
-it is multiplied is for kv_pages.py.
+it is multiplied is for kv_floats.py and kv_bytes.py.
 
 One pass over the context in blocks of eight pages, which stay in L1 while all lanes (a token and a query head each)
 read them: scores, their softmax against the largest score so far, values; then the results so far shrink by what the
@@ -12,7 +12,7 @@ last bit, whatever else is in the call.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,13 +23,12 @@ from tvm.script.ir_builder import tirx as T
 from mlcbuild.compiler.kernels import tir
 from mlcbuild.compiler.kernels.attention_out import Out, make_out
 from mlcbuild.compiler.kernels.benchmark import MOST_SEQUENCES, Benchmark, Setting
-from mlcbuild.compiler.kernels.kv_pages import PAGE, Heads, Kind, Later, Place, choose_dtype, make_kind
+from mlcbuild.compiler.kernels.kv_pages import Kind, choose_dtype, make_kind
+from mlcbuild.compiler.kernels.kv_place import BLOCK, PAGE, VALUE_LANES, Heads, Later, Place
 from mlcbuild.compiler.kernels.tir import Accumulator, Expr, div, f32, keep, mod, put, put2, spread, vec, vec2
 
-BLOCK = 8  # pages
 LANES = 16  # whose scores are summed at once: as many vectors as registers hold
-VALUE_LANES = 4  # whose values are, in as many columns as fit SUMS registers
-SUMS = 16
+SUMS = 16  # registers for the results of VALUE_LANES at once
 TASK_LANES = 64  # of one task in a call of MANY tokens; else as few as LANES, for more tasks
 MANY = 64
 CHUNK = 512  # tokens of a prompt that a benchmark gives at once
@@ -112,7 +111,7 @@ def make_attention(h: Heads, *, zero: int | None = None) -> tirx.PrimFunc:
 
 
 def _pages_arg(h: Heads, kind: Kind) -> Expr:
-    return tir.arg("pages", (h.layers, tir.size("page_count"), 2, h.kv_heads, PAGE, h.head_dim), kind.stored)
+    return tir.arg("pages", (h.layers, tir.size("page_count"), 2, h.kv_heads, PAGE, h.row), kind.stored)
 
 
 def _where_args() -> tuple[Expr, Expr, Expr, Expr]:
@@ -178,12 +177,13 @@ class _Run:
         self.lanes = keep(count * h.shared)
         self.groups = keep(div(self.lanes + (width - 1), width))
         room = -(-most * h.shared // width) * width
-        self.queries = tir.scratch(room * self.d, kind.number)
+        self.queries = tir.scratch(room * kind.query_size, kind.query)
         self.weights = tir.scratch(room * BLOCK * PAGE, kind.number)
         self.scores = tir.scratch(width * BLOCK * PAGE)
         self.results, self.totals = tir.scratch(room * self.d), tir.scratch(room * 16)
         self.largest, self.shrink = tir.scratch(room), tir.scratch(room * 16)
         self.limits = tir.scratch(room, "int32")  # the last position that a lane sees
+        kind.begin(room)
 
     def emit(self) -> None:
         """The whole computation."""
@@ -196,6 +196,8 @@ class _Run:
                 first = T.bind(g * self.width)
                 pages = keep(self._count_pages(block, first + (self.width - 1)))
                 self._score(block, pages, first)
+                with T.If(g == 0), T.Then():
+                    self.call.kind.begin_block(block, self.last, lambda b: self._place(block * BLOCK + b))
                 with T.serial(self.width // self.step) as part:
                     self._weigh(first, part * self.step)
             with T.serial(self.groups * (self.width // self.step)) as g:
@@ -212,8 +214,9 @@ class _Run:
         token, d = keep(self.first + div(lane_of, self.shared)), self.d
         column = keep((self.head * self.shared + mod(lane_of, self.shared)) * d)
         scale = f32(math.log2(math.e) / math.sqrt(d))
+        kind = self.call.kind
+        kind.put_query(self.queries, lane * kind.query_size, lambda c: vec2(self.call.qkv, token, column + c) * scale)
         for c in range(0, d, 16):
-            put(self.queries, lane * d + c, self.call.kind.make_number(vec2(self.call.qkv, token, column + c) * scale))
             put(self.results, lane * d + c, f32(0))
         put(self.totals, lane * 16, f32(0))
         T.buffer_store(self.largest, T.float32(NOTHING), [lane])
@@ -247,6 +250,7 @@ class _Run:
         line, head = T.Select(ends, self.next_line, self.line), T.Select(ends, self.next_head, self.head)
         page = keep(T.cast(self.call.table[line, T.Select(ends, mod(b, BLOCK), b)], "int64"))
         place = Place(self.call.pages, self.call.layer, page, keep(head))
+        self.call.kind.ask(place)
         return lambda row: place.prefetch(0, row)
 
     def _score(self, block: Expr, pages: Expr, first: Expr) -> None:
@@ -256,7 +260,7 @@ class _Run:
         with T.serial(pages) as b:
             place = self._place(block * BLOCK + b)
             sums = [Accumulator() for _ in range(self.width)]
-            offsets = [(first + i) * self.d for i in range(self.width)]
+            offsets = [(first + i) * self.call.kind.query_size for i in range(self.width)]
             self.call.kind.score(sums, self.queries, offsets, place, self._ask_values(place))
             start = T.bind(T.cast(block * BLOCK + b, "int32") * PAGE)
             for i, a in enumerate(sums):
@@ -291,8 +295,9 @@ class _Run:
                 z = vec(self.scores, ((start + i) * BLOCK + b) * PAGE)
                 p = T.bind(kind.exp2(z - spread(largest[i])))
                 total.set(total.get() + p)
-                put(self.weights, (lanes[i] * BLOCK + b) * PAGE, kind.make_number(p))
+                kind.put_weight(self.weights, lanes[i], b, p, i)
         for i, lane in enumerate(lanes):
+            kind.end_weights(self.weights, lane, i)
             shrink = T.bind(kind.exp2(spread(before[i] - largest[i])))
             put(self.totals, lane * 16, tir.fma(vec(self.totals, lane * 16), shrink, totals[i].get()))
             T.buffer_store(self.largest, largest[i], [lane])
@@ -305,10 +310,7 @@ class _Run:
         ends = keep(T.cast(block * BLOCK + pages - 1 == div(self.last, PAGE), "int64"))
         for start in range(0, d, count):
             columns = range(start, min(start + count, d), 16)
-            sums = []
-            for i in range(self.step):
-                shrink = vec(self.shrink, (first + i) * 16)
-                sums.append([Accumulator(vec(self.results, (first + i) * d + c) * shrink) for c in columns])
+            sums = [[kind.start_sum(self._shrunk(first + i, c)) for c in columns] for i in range(self.step)]
             with T.serial(pages - ends) as b:
                 later = self._ask_keys((block + 1) * BLOCK + b) if start == 0 else lambda row: None
                 at = [offset + b * PAGE for offset in offsets]
@@ -319,7 +321,11 @@ class _Run:
                 kind.add_last_values(sums, columns, self.weights, at, self._place(block * BLOCK + b), length)
             for i, of_lane in enumerate(sums):
                 for c, a in zip(columns, of_lane, strict=True):
-                    put(self.results, (first + i) * d + c, a.get())
+                    put(self.results, (first + i) * d + c, kind.end_sum(a, first + i, self._shrunk(first + i, c)))
+
+    def _shrunk(self, lane: Expr, column: int) -> Callable[[], Expr]:
+        """Sixteen results before a block."""
+        return lambda: vec(self.results, lane * self.d + column) * vec(self.shrink, lane * 16)
 
     def _finish(self, lane: Expr) -> None:
         """Hand over the lane's results, divided by its total."""
@@ -332,21 +338,29 @@ class _Run:
 
 def list_benchmarks(s: Setting) -> Iterator[Benchmark]:
     """Append, decode of so many sequences, and a prompt's chunk, over shuffled pages; one layer at a time."""
-    h = Heads(1, s.heads, s.kv_heads, s.head_dim, choose_dtype(s.quantization, s.requires))
+    dtype, vnni = choose_dtype(s.quantization, s.requires), "avx512_vnni" in s.requires
+    h = Heads(1, s.heads, s.kv_heads, s.head_dim, dtype, vnni=vnni)
     append, attend = make_rope_append(h), make_attention(h)
+    pages = {"pages": _make_codes(h)} if h.dtype == "int8" else {}
     for n in (n for n in s.rows if n <= MOST_SEQUENCES):
-        decode = _place([s.context] * n, [1] * n)
+        decode = {**_place([s.context] * n, [1] * n), **pages}
         sizes = {"n": n, "sequences": n, "max_pages": decode["table"].shape[1], "page_count": decode["table"].size}
         item = np.dtype(make_kind(h).stored).itemsize
-        read = n * (s.context + 1) * 2 * h.kv_heads * h.head_dim * item
+        read = n * (s.context + 1) * 2 * h.kv_heads * h.row * item
         work = 4 * n * (s.context + 1) * h.heads * h.head_dim
         yield Benchmark(f"append, {n} sequences", append, sizes, values=decode, nbytes=n * h.width * (4 + item))
         yield Benchmark(f"{n} sequences at {s.context}", attend, sizes, ("pages",), decode, read, work)
     for start in (0, s.context):
-        chunk = _place([start], [CHUNK])
+        chunk = {**_place([start], [CHUNK]), **pages}
         sizes = {"n": CHUNK, "sequences": 1, "max_pages": chunk["table"].size, "page_count": chunk["table"].size}
         work = 4 * sum(range(start + 1, start + CHUNK + 1)) * h.heads * h.head_dim
         yield Benchmark(f"{CHUNK} tokens at {start}", attend, sizes, values=chunk, operations=work)
+
+
+def _make_codes(h: Heads) -> Any:
+    """[16, row]: int8 keys or values whose scales are plausible, as random bytes would not be."""
+    codes = np.resize(np.arange(-127, 128, dtype=np.int8), PAGE * h.head_dim)
+    return np.concatenate([codes, np.full(PAGE, 0.02, np.float32).view(np.int8)]).reshape(PAGE, h.row)
 
 
 def _place(starts: list[int], counts: list[int]) -> dict[str, Any]:

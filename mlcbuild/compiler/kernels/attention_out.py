@@ -5,7 +5,7 @@ from __future__ import annotations
 from tvm.script.ir_builder import tirx as T
 
 from mlcbuild.compiler.kernels import tir
-from mlcbuild.compiler.kernels.kv_pages import Heads
+from mlcbuild.compiler.kernels.kv_place import Heads
 from mlcbuild.compiler.kernels.quantize_rows import GROUP, block_rows, code_args, find_entry, groups, store_group
 from mlcbuild.compiler.kernels.tir import Expr, div, f32, mod, put, put2, vec
 

@@ -158,10 +158,7 @@ def store_group(halves: list[Expr], at: Expr, codes: Expr, scales: Expr, correct
 
     `zero`: the code of weight 0, which the correction makes good.
     """
-    # of floats without their signs, the larger has the larger bits
-    words = [T.reinterpret(I32, h) & spread(T.int32(0x7FFFFFFF)) for h in halves]
-    largest = T.reinterpret("float32", tir.call("int32", "vector.reduce.smax", T.max(*words)))
-    least = T.max(largest * T.float32(1 / 127), T.float32(LEAST))
+    least = T.max(tir.largest_magnitude(halves) * T.float32(1 / 127), T.float32(LEAST))
     bits = T.bind((T.reinterpret("int32", least) + T.int32(0x7FFFFF)) & T.int32(0x7F800000))  # up to a power of two
     inverse = T.bind(T.reinterpret("float32", T.int32(254 << 23) - bits))
     rounded = [T.bind(T.cast(tir.call(F32, "nearbyint", h * spread(inverse)), I32)) for h in halves]

@@ -170,6 +170,15 @@ def reduce_max(v: Expr) -> Expr:
     return T.reinterpret("float32", swap(largest, T.int32(0x7FFFFFFF), T.int32(31)))
 
 
+def largest_magnitude(vectors: list[Expr]) -> Expr:
+    """The largest lane of several vectors, whatever its sign."""
+    # of floats without their signs, the larger has the larger bits
+    words = [T.reinterpret(I32, v) & spread(T.int32(0x7FFFFFFF)) for v in vectors]
+    while len(words) > 1:
+        words = [*(T.max(a, b) for a, b in zip(words[::2], words[1::2], strict=False)), *words[len(words) & ~1 :]]
+    return T.reinterpret("float32", call("int32", "vector.reduce.smax", words[0]))
+
+
 def prefetch(address: Expr, *, write: bool = False) -> None:
     """Ask for a cache line that is read (or written) soon, in all levels."""
     T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, T.int32(write), T.int32(3), T.int32(1)))
