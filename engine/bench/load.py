@@ -24,6 +24,7 @@ from engine.bench.datasets import Prompt
 from engine.errors import InvalidSetting, ServerUnusable
 
 MOST_ERROR_CHARS = 200
+IDLE = 2.0  # seconds; llama-server closes after 5, and one that it closes as we send is an error that nobody made
 TEXTS = ("content", "reasoning", "reasoning_content", "tool_calls")  # what a token may come as
 
 
@@ -161,8 +162,8 @@ async def _run(
 
 @asynccontextmanager
 async def _open_client(endpoint: Endpoint) -> AsyncIterator[httpx2.AsyncClient]:
-    """A client that opens as many connections as there are requests under way."""
-    limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
+    """A client that opens as many connections as there are requests under way, and uses none that has been idle."""
+    limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=IDLE)
     headers = _make_headers(endpoint.api_key)
     async with httpx2.AsyncClient(headers=headers, limits=limits, timeout=None, trust_env=False) as client:
         yield client

@@ -17,6 +17,7 @@ import pytest
 from fake_models import ROOT
 from running import Running, run_fake_server
 
+from engine.bench import load
 from engine.bench.datasets import Prompt
 from engine.bench.load import Endpoint, find_model, make_url, read_model_seconds, run_load
 from engine.errors import InvalidSetting, ServerUnusable
@@ -81,6 +82,24 @@ def test_arrivals_do_not_wait_for_replies(server: Running) -> None:
     samples = run_load(Endpoint(make_url(server.url), "fake"), [Prompt("slow", 25, at=i / 50) for i in range(4)])
     assert max(s.start for s in samples) < min(s.start + s.seconds for s in samples)
     assert all(s.start >= i / 50 for i, s in enumerate(samples))
+
+
+@pytest.mark.parametrize(("idle", "connections"), [(0.05, 2), (60, 1)])
+def test_a_connection_that_was_idle_is_left(
+    server: Running, monkeypatch: pytest.MonkeyPatch, idle: float, connections: int
+) -> None:
+    """Many servers close it after a while, and perhaps just when the next request is on its way."""
+    seen, app = set(), server.server._app
+
+    async def look(scope, receive, send) -> None:
+        seen.add(scope["client"])
+        await app(scope, receive, send)
+
+    monkeypatch.setattr(server.server, "_app", look)
+    monkeypatch.setattr(load, "IDLE", idle)
+    samples = run_load(Endpoint(make_url(server.url), "fake"), [Prompt("hi", 1, at=0), Prompt("hi", 1, at=1)])
+    assert [sample.error for sample in samples] == [None, None]
+    assert len(seen) == connections
 
 
 def test_a_shared_prefix_is_found_in_the_cache(
