@@ -55,14 +55,19 @@ from mlcbuild.compiler.kernels.tir import f32, to_f32
 
 
 class Reader:
-    def __init__(self, tiles, in_features, q):
+    step = 8 * 16
+
+    def __init__(self, tiles, in_features, q, *, avx512):
         self.codes = tir.arg("codes", (tiles, in_features, 16), "uint8")
         self.scale = tir.arg("scale", (tiles, 1, 16), "float32")
 
     def eight(self, tile, k):
-        scale = T.bind(self.scale[tile, 0, T.ramp(0, 1, 16)])
         codes = [self.codes[tile, k * 8 + i, T.ramp(0, 1, 16)] for i in range(8)]
-        return [T.bind((to_f32(T.cast(c, "int32x16")) - f32(127)) * scale) for c in codes]
+        scale = T.bind(self.scale[tile, 0, T.ramp(0, 1, 16)])
+        return [T.bind(to_f32(T.cast(c, "int32x16")) - f32(127)) for c in codes], scale
+
+    def prefetch(self, tile, k):
+        tir.prefetch(T.address_of(self.codes[tile, k * 8, 0]))
 
     def element(self, tile, lane, k):
         return (T.cast(self.codes[tile, k, lane], "float32") - T.float32(127)) * self.scale[tile, 0, lane]
