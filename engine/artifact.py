@@ -396,5 +396,5 @@ def _make_package(check: _Reader, manifest: Manifest) -> Package:
 
 def _split_folder_name(name: str) -> list[str]:
     """["tiny", "q4f16_1", "x86-64-v4"] of "tiny-q4f16_1-x86-64-v4"; [] when the name has no quantization in it."""
-    found = re.fullmatch(r"(.+?)-(q\d+f\d+(?:_\w+)?)-(.+)", name)
+    found = re.fullmatch(r"(.+?)-(q\d+b?f\d+(?:_\w+)?)-(.+)", name)
     return list(found.groups()) if found else []

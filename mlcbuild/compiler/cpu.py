@@ -1,8 +1,9 @@
 """Lowering to CPUs: our own TIR kernels, float32 activations between them, and a KV cache of plain tensors.
 
 The weight layout and the processor decide the matmul (`int8-16x64`: int8 activations and the target's best dot product
-of bytes; `rows16`: float32 activations, any processor). Residuals and KV pages are updated in place; each in-place
-result is threaded through as a value, so that no pass can reorder or drop it.
+of bytes; `rows16`: bfloat16 activations where recipe and processor have them, else float32, on any processor).
+Residuals and KV pages are updated in place; each in-place result is threaded through as a value, so that no pass can
+reorder or drop it.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from mlcbuild.compiler.kernels import (
     attention,
     elementwise,
     embedding,
+    linear_bf16,
     linear_dot,
     linear_rows16,
     linear_vnni,
     quantize_rows,
+    round_rows,
     sampling,
 )
 from mlcbuild.compiler.kernels.kv_pages import choose_dtype, make_kind
@@ -58,6 +61,7 @@ class Linear(nn.Module):
         q, layout = where.q, where.layout
         self.shape, self.q, self.layout = (out_features, in_features), q, layout
         self.dot, self.avx512 = where.dot, where.avx512
+        self.rounds = where.rounds and in_features % round_rows.CHUNK == 0
         self.packed = list(get_layout(layout).storage(q, self.shape))
         for suffix, spec in get_layout(layout).storage(q, self.shape).items():
             setattr(self, suffix, nn.Parameter(spec.shape, spec.dtype))
@@ -75,8 +79,10 @@ class Linear(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         (rows, columns), n = self.shape, x.shape[0]
         has = {"bias": self.bias is not None, "residual": residual is not None}
-        inputs = self._quantized(x) if self.layout == TILES else [x]
-        if self.layout != TILES:
+        inputs = self._quantized(x) if self.layout == TILES else [self._rounded(x) if self.rounds else x]
+        if self.rounds:
+            kernel = _kernel(linear_bf16.make_linear, rows, columns, self.q, **has)
+        elif self.layout != TILES:
             kernel = _kernel(linear_rows16.make_linear, rows, columns, self.q, avx512=self.avx512, **has)
         elif self.dot is None:
             kernel = _kernel(linear_vnni.make_linear, rows, columns, bits=self.q.bits, **has)
@@ -93,6 +99,11 @@ class Linear(nn.Module):
             return x.codes
         kernel = _kernel(quantize_rows.make_quantize_rows, self.shape[1], zero=get_zero(self.q.bits))
         return make_codes(kernel, "quantize_rows", self.shape[1], [x])
+
+    def _rounded(self, x: Tensor) -> Tensor:
+        width = self.shape[1]
+        out = _out([round_rows.rounded_size(x.shape[0], width)], "uint16")
+        return op.tensor_ir_op(_kernel(round_rows.make_round_rows, width), f"round_rows_{width}", [x], out)
 
 
 class Coded(Tensor):
@@ -272,12 +283,14 @@ class CpuLowering:
     """See lowering.Lowering. `dot`: how bytes are multiplied over the layout `int8-16x64`; None: by AVX-512 VNNI.
 
     `zero`: the code of weight 0, which activations rounded to int8 are corrected by; None: they stay as they are.
-    `avx512`: whether its registers have 512 bits. `kv_dtype`: of the KV cache's pages.
+    `rounds`: whether matmuls over `rows16` round their inputs to bfloat16. `avx512`: whether its registers have 512
+    bits. `kv_dtype`: of the KV cache's pages.
     """
 
     def __init__(self, target: Target, quantization: Quantization, layout: str, dot: linear_dot.Dot | None) -> None:
         self.q, self.layout, self.dot = quantization, layout, dot
         self.avx512, self.vnni = "avx512f" in target.requires, "avx512_vnni" in target.requires
+        self.rounds = layout != TILES and linear_bf16.is_chosen(quantization, target.requires)
         self.kv_dtype = choose_dtype(quantization, target.requires)
         self.zero = get_zero(quantization.bits) if layout == TILES else None
 

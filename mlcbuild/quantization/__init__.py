@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     Tensors = Mapping[str, NDArray[Any]]
 
-ITEM_BYTES = {"float32": 4, "float16": 2, "uint32": 4, "uint8": 1}
+ITEM_BYTES = {"float32": 4, "float16": 2, "uint32": 4, "uint16": 2, "uint8": 1}
 
 
 @dataclass(frozen=True, slots=True)

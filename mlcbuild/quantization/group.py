@@ -42,6 +42,11 @@ def get_group_size(q: Quantization) -> int:
             f"not bits {q.bits} and group_size {q.group_size}",
             hint=f"mend recipes/quantizations/{q.name}.yaml, e.g. bits: 4, group_size: 32",
         )
+    if q.dtype == "bfloat16":
+        raise RecipeError(
+            f"quantization '{q.name}': method group keeps its scales in float16 or float32, not in bfloat16",
+            hint=f"mend recipes/quantizations/{q.name}.yaml: dtype: float16 (activations may be bfloat16)",
+        )
     return q.group_size
 
 

@@ -120,9 +120,9 @@ class Quantization(Recipe):
     method: str = Field(description="file in mlcbuild/quantization/")
     bits: int = Field(ge=1, le=32, description="bits of one stored weight")
     group_size: int | None = Field(default=None, gt=0, description="weights that share a scale")
-    dtype: Literal["float16", "float32"] = Field(description="plain weights, scales, norms and KV pages")
-    activations: Literal["int8", "float32"] = Field(
-        default="float32", description="what CPU matmuls may round inputs to"
+    dtype: Literal["float16", "bfloat16", "float32"] = Field(description="plain weights, scales, norms and KV pages")
+    activations: Literal["int8", "bfloat16", "float32"] = Field(
+        default="float32", description="what CPU matmuls may round inputs to, where the target multiplies that faster"
     )
     kv: Literal["float", "int8"] = Field(
         default="float", description="KV pages of CPUs: floats, or int8 codes with a scale for each key and value"

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -193,7 +194,7 @@ def read_rows(source: WeightSource, entry: Entry, start: int, stop: int) -> NDAr
 def check_values(name: str, values: NDArray[Any], dtype: str) -> None:
     """Raise WeightError for NaN, infinity, and numbers beyond the dtype."""
     largest = max(float(values.max()), -float(values.min()))
-    if not largest <= float(np.finfo(np.dtype(dtype)).max):
+    if not largest <= float(ml_dtypes.finfo(np.dtype(dtype)).max):
         finite = math.isfinite(largest) and not np.isnan(values).any()
         what = f"a weight of size {largest:g}, which {dtype} cannot hold" if finite else "NaN or infinity"
         raise WeightError(

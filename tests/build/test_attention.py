@@ -273,3 +273,6 @@ def test_pages_are_bfloat16_where_the_processor_multiplies_it_and_activations_ma
     assert choose_dtype(whole, ["avx512_bf16"]) == "float16"
     assert choose_dtype(bytes_.model_copy(update={"dtype": "float32"}), ["avx512_bf16"]) == "float32"
     assert choose_dtype(bytes_.model_copy(update={"kv": "int8"}), ["avx512_bf16"]) == "int8"
+    narrow = whole.model_copy(update={"dtype": "bfloat16", "activations": "bfloat16"})
+    assert choose_dtype(narrow, ["avx512_bf16"]) == "bfloat16"
+    assert choose_dtype(narrow, ["avx512_vnni"]) == "float16"

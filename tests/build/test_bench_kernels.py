@@ -29,7 +29,8 @@ def bench() -> ModuleType:
 
 
 @pytest.mark.parametrize(
-    ("target", "quantization"), [("cpu", "q4f16_1"), ("x86-64-v3", "q8f16_1"), ("cpu", "q0f16"), ("cpu", "q4f16_1_kv8")]
+    ("target", "quantization"),
+    [("cpu", "q4f16_1"), ("x86-64-v3", "q8f16_1"), ("cpu", "q0f16"), ("cpu", "q4f16_1_kv8"), ("cpu", "q0bf16")],
 )
 def test_every_benchmark_can_be_called(bench: ModuleType, target: str, quantization: str) -> None:
     where = bench.get_target(target)

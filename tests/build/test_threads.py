@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from real_project import copy_project, doit
 
-QUANTIZATIONS = ["q4f16_1", "q4f16_1_kv8", "q4f32_1", "q8f16_1", "q0f16"]
+QUANTIZATIONS = ["q4f16_1", "q4f16_1_kv8", "q4f32_1", "q8f16_1", "q0f16", "q4f16_1_bf16", "q0bf16"]
 PROGRAM = """
 import hashlib, sys
 import numpy as np

@@ -125,9 +125,17 @@ def test_every_target_of_this_machine(target: str, tmp_path: Path) -> None:
     check_logits(package, make_tokens(CASES[case]), wanted, FOUR_BIT_ERROR)
 
 
-@pytest.mark.parametrize(
-    ("quantization", "most"), [("q0f16", 1e-5), ("q4f16_1", 3e-3), ("q4f16_1_kv8", 3e-3), ("q8f16_1", 3e-3)]
-)
+QUANTIZED = {
+    "q0f16": 1e-5,
+    "q0bf16": 1e-4,
+    "q4f16_1_bf16": 1e-4,
+    "q4f16_1": 3e-3,
+    "q4f16_1_kv8": 3e-3,
+    "q8f16_1": 3e-3,
+}
+
+
+@pytest.mark.parametrize(("quantization", "most"), QUANTIZED.items())
 @pytest.mark.parametrize("target", TARGETS)
 def test_half_precision_and_int8_stay_close(quantization: str, most: float, target: str, tmp_path: Path) -> None:
     """`most`: nats per token against the weights as stored; what is left is rounding of inputs, keys and values."""

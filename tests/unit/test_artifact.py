@@ -122,6 +122,12 @@ def test_missing_folder(root: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("quantization", ["q4f16_1", "q0bf16", "q4f16_1_bf16"])
+def test_the_name_of_a_folder_tells_what_to_build(tmp_path: Path, quantization: str) -> None:
+    command = artifact.rebuild_command(tmp_path / f"a-b2-{quantization}-x86-64-v3", {})
+    assert command == f"doit build model=a-b2 quantization={quantization} target=x86-64-v3"
+
+
 def test_missing_manifest(root: Path) -> None:
     (root / "manifest.json").unlink()
     check_refused(root, "incomplete: manifest.json, which is written last, is missing")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import types
 
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -24,8 +25,9 @@ QUANTIZATIONS = [
     Quantization(name="q4f32_1", method="group", bits=4, group_size=32, dtype="float32"),
     Quantization(name="q0f16", method="plain", bits=16, dtype="float16"),
     Quantization(name="q0f32", method="plain", bits=32, dtype="float32"),
+    Quantization(name="q0bf16", method="plain", bits=16, dtype="bfloat16", activations="bfloat16"),
 ]
-Q4F16, Q4F32, Q0F16, Q0F32 = QUANTIZATIONS
+Q4F16, Q4F32, Q0F16, Q0F32, Q0BF16 = QUANTIZATIONS
 CONFIG = {"model_type": "small", "hidden_size": 96}
 
 
@@ -133,6 +135,14 @@ def test_two_runs_give_the_same_bytes_and_progress_ends_at_one(source):
     assert reports[-1] == 1.0
 
 
+def test_a_bfloat16_checkpoint_loses_nothing(source):
+    tensors = {name: array.astype(ml_dtypes.bfloat16) for name, array in make_tensors().items()}
+    save_file(tensors, source / "model.safetensors")
+    opened = open_dequantized(run(source, Q0BF16, "rows16"), "small", CONFIG, Q0BF16, "rows16")
+    for name, whole in tensors.items():
+        np.testing.assert_array_equal(opened.read(name, 0, len(whole)), whole.astype(np.float32))
+
+
 def test_random_weights_need_no_file(source):
     (source / "model.safetensors").unlink()
     (source / "source.json").write_text('{"random": true, "seed": 0}')
@@ -206,13 +216,19 @@ def test_a_config_that_lacks_a_value(source):
             "gate_up has a weight of size 70000, which float16 cannot hold\n"
             "  hint: use a quantization of dtype float32 (q0f32, q4f32_1)",
         ),
+        (
+            3.4e38,
+            Q0BF16,
+            "gate_up has a weight of size 3.4e+38, which bfloat16 cannot hold\n"
+            "  hint: use a quantization of dtype float32 (q0f32, q4f32_1)",
+        ),
     ],
 )
 def test_values_that_cannot_be_stored(source, value, quantization, text):
     up = make_tensors()["up.weight"]
     up[47, 95] = value
     change(source, **{"up.weight": up})
-    assert fail(source, quantization) == text
+    assert fail(source, quantization, layout="rows16") == text
 
 
 def test_a_shard_cut_short_leaves_nothing_and_the_next_run_succeeds(source):

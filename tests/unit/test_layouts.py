@@ -13,7 +13,8 @@ Q4F16 = Quantization(name="q4f16_1", method="group", bits=4, group_size=32, dtyp
 Q8F16 = Quantization(name="q8f16_1", method="group", bits=8, group_size=32, dtype="float16", activations="int8")
 Q4F32 = Quantization(name="q4f32_1", method="group", bits=4, group_size=32, dtype="float32")
 Q0F16 = Quantization(name="q0f16", method="plain", bits=16, dtype="float16")
-EACH = (Q4F16, Q8F16, Q4F32, Q0F16)
+Q0BF16 = Quantization(name="q0bf16", method="plain", bits=16, dtype="bfloat16", activations="bfloat16")
+EACH = (Q4F16, Q8F16, Q4F32, Q0F16, Q0BF16)
 SHAPES = [(16, 64), (48, 128), (37, 96), (1, 32), (17, 192)]
 
 
@@ -52,7 +53,7 @@ def test_blocks_of_rows_follow_each_other(name):
 def test_accepts():
     accepted = {name: [q.name for q in EACH if get_layout(name).accepts(q)] for name in list_layouts()}
     assert accepted["canonical"] == ["q4f16_1", "q8f16_1", "q4f32_1", "q0f16"]
-    assert accepted["rows16"] == ["q4f16_1", "q8f16_1", "q4f32_1", "q0f16"]
+    assert accepted["rows16"] == ["q4f16_1", "q8f16_1", "q4f32_1", "q0f16", "q0bf16"]
     assert accepted["int8-16x64"] == ["q4f16_1", "q8f16_1"]
 
 

@@ -101,7 +101,8 @@ def test_a_machine_that_no_target_fits():
         ),
         (
             {"quantization": "q9*"},
-            "unknown quantization 'q9*'\n  hint: known: q0f16, q0f32, q4f16_1, q4f16_1_kv8, q4f32_1, q8f16_1, q8f32_1",
+            "unknown quantization 'q9*'\n  hint: known: q0bf16, q0f16, q0f32, q4f16_1, q4f16_1_bf16, q4f16_1_kv8, "
+            "q4f32_1, q8f16_1, q8f32_1",
         ),
         ({"matrix": "nightley"}, "unknown matrix 'nightley'\n  hint: did you mean nightly?"),
         ({"source": "rnd"}, "unknown source 'rnd'\n  hint: did you mean random?"),
@@ -254,7 +255,7 @@ def test_variants_by_name(write_matrix):
         ),
         (
             {"variant": "tiny/q4f16/aarch64"},
-            "unknown quantization 'q4f16'\n  hint: did you mean q4f16_1 or q0f16 or q8f16_1?",
+            "unknown quantization 'q4f16'\n  hint: did you mean q4f16_1 or q0f16 or q0bf16?",
         ),
         (
             {"variant": "tiny/q0f16/aarch64", "model": "tiny"},

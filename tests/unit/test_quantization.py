@@ -98,16 +98,24 @@ def test_blocks_of_rows_equal_the_whole():
         np.testing.assert_array_equal(np.concatenate([part[suffix] for part in parts]), array)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_plain_rounds_to_its_dtype(dtype):
+@pytest.mark.parametrize(("dtype", "stored"), [("float16",) * 2, ("float32",) * 2, ("bfloat16", "uint16")])
+def test_plain_rounds_to_its_dtype(dtype, stored):
     q = make_quantization(name="q0", method="plain", bits=32, group_size=None, dtype=dtype)
     weight = np.random.default_rng(2).standard_normal((5, 24)).astype(np.float32)
     tensors = get_method("plain").quantize(q, weight)
-    assert tensors["weight"].dtype == dtype
+    assert tensors["weight"].dtype == stored
     np.testing.assert_array_equal(get_method("plain").dequantize(q, tensors), weight.astype(dtype).astype(np.float32))
 
 
-@pytest.mark.parametrize("q", [Q4F16, Q8F16, Q4F32, make_quantization(name="q0", method="plain", bits=16)])
+@pytest.mark.parametrize(
+    "q",
+    [
+        Q4F16,
+        Q8F16,
+        Q4F32,
+        *(make_quantization(name="q0", method="plain", bits=16, dtype=dtype) for dtype in ("float16", "bfloat16")),
+    ],
+)
 def test_storage_describes_what_quantize_makes(q):
     method = get_method(q.method)
     tensors = method.quantize(q, np.ones((6, 96), np.float32))
@@ -123,6 +131,12 @@ def test_errors_name_the_way_out():
         get_method("group").storage(Q4F16, (8, 40))
     with pytest.raises(RecipeError, match="method group needs bits 4 or 8 and a group_size that is a multiple of 8"):
         get_method("group").storage(make_quantization(bits=3), (8, 40))
+    with pytest.raises(RecipeError) as caught:
+        get_method("group").storage(make_quantization(name="q4bf16_1", dtype="bfloat16"), (8, 64))
+    assert str(caught.value) == (
+        "quantization 'q4bf16_1': method group keeps its scales in float16 or float32, not in bfloat16\n"
+        "  hint: mend recipes/quantizations/q4bf16_1.yaml: dtype: float16 (activations may be bfloat16)"
+    )
     with pytest.raises(UnknownNameError) as caught:
         get_method("grup")
     assert str(caught.value) == "unknown quantization method 'grup'\n  hint: did you mean group?"

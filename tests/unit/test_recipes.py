@@ -217,9 +217,9 @@ def test_unknown_names_are_refused_with_the_nearest():
     assert str(caught.value) == "unknown model 'lama3'\n  hint: did you mean llama3 or llama3.2-1b?"
     with pytest.raises(UnknownNameError) as caught:
         load_recipes(ROOT).quantizations["zzz"]
-    assert (
-        str(caught.value)
-        == "unknown quantization 'zzz'\n  hint: known: q0f16, q0f32, q4f16_1, q4f16_1_kv8, q4f32_1, q8f16_1, q8f32_1"
+    assert str(caught.value) == (
+        "unknown quantization 'zzz'\n"
+        "  hint: known: q0bf16, q0f16, q0f32, q4f16_1, q4f16_1_bf16, q4f16_1_kv8, q4f32_1, q8f16_1, q8f32_1"
     )
 
 

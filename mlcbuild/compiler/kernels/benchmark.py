@@ -10,7 +10,7 @@ from tvm import tirx
 
 from mlcbuild.recipes.schema import Quantization
 
-Unit = Literal["int8", "float32"]  # as in peak.py
+Unit = Literal["int8", "bfloat16", "float32"]  # as in peak.py
 MOST_SEQUENCES = 64  # of one batch: attention and logits see no more rows
 
 

@@ -58,6 +58,27 @@ def spread_pair(buffer: Expr, at: Expr) -> Expr:
     return spread(T.reinterpret("int32", tir.vec(buffer, at, 2)))
 
 
+def zip_half(a: Expr, b: Expr, half: int) -> Expr:
+    """int32x16 of two uint16x32: the lower (0) or upper (1) sixteen elements of a, each beside that of b."""
+    return pairs(tir.shuffle([a, b], [lane for i in range(16 * half, 16 * half + 16) for lane in (i, 32 + i)]))
+
+
+def join(a: Expr, b: Expr) -> Expr:
+    """int32x16 of two float32x16 that bfloat16 holds exactly, each of a beside that of b."""
+    low, high = (T.reinterpret("uint32x16", x) for x in (a, b))
+    return T.reinterpret("int32x16", (low >> spread(T.uint32(16))) | high)
+
+
+def widened(x: Expr) -> Expr:
+    """float32x16 of uint16x16, exact, on any processor."""
+    return T.reinterpret(F32, T.cast(x, "uint32x16") << spread(T.uint32(16)))
+
+
+def widened_one(x: Expr) -> Expr:
+    """The same of a scalar."""
+    return T.reinterpret("float32", T.cast(x, "uint32") << T.uint32(16))
+
+
 def exp2(x: Expr) -> Expr:
     """2^x per lane for x <= 0, relative error < 3e-6, a thousandth of bfloat16's step. Below 2^-150 it is 0."""
     n = T.bind(tir.call(F32, "nearbyint", x))

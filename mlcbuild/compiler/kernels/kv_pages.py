@@ -14,11 +14,15 @@ Kind = Wide | Dots
 
 
 def choose_dtype(q: Quantization, requires: Collection[str]) -> str:
-    """Dtype of the pages: int8 if asked for; bfloat16 where the processor multiplies it and activations are rounded."""
+    """Dtype of the pages: int8 if asked for; bfloat16 where the processor multiplies it and activations are rounded.
+
+    Elsewhere 16-bit pages are float16.
+    """
     if q.kv != "float":
         return q.kv
-    rounds = q.dtype == "float16" and q.activations != "float32"
-    return "bfloat16" if rounds and bf16.FEATURE in requires else q.dtype
+    if q.dtype != "float32" and q.activations != "float32" and bf16.FEATURE in requires:
+        return "bfloat16"
+    return "float16" if q.dtype == "bfloat16" else q.dtype
 
 
 def make_kind(h: Heads) -> Kind:

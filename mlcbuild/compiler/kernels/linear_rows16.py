@@ -27,10 +27,14 @@ MAX_BLOCK = 64  # rows of a block
 AHEAD = 8192  # bytes of a tile asked for in advance
 
 
+def get_reader(method: str) -> Any:
+    """The class that reads weights of a quantization method; ModuleNotFoundError for a method without one."""
+    return importlib.import_module(f"mlcbuild.compiler.kernels.rows16_{method}").Reader
+
+
 def make_reader(tiles: int, in_features: int, q: Quantization, *, avx512: bool = False) -> Any:
-    """Declares the weight buffers of `q.method` as arguments; ModuleNotFoundError for a method without a reader."""
-    module = importlib.import_module(f"mlcbuild.compiler.kernels.rows16_{q.method}")
-    return module.Reader(tiles, in_features, q, avx512=avx512)
+    """Declares the weight buffers of `q.method` as arguments."""
+    return get_reader(q.method)(tiles, in_features, q, avx512=avx512)
 
 
 def make_linear(

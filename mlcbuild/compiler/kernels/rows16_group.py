@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from tvm.script.ir_builder import tirx as T
 
-from mlcbuild.compiler.kernels import tir
-from mlcbuild.compiler.kernels.tir import F32, I32, Expr, spread, to_f32
+from mlcbuild.compiler.kernels import bf16, tir
+from mlcbuild.compiler.kernels.tir import F32, I32, Expr, f32, spread, to_f32
 from mlcbuild.quantization.group import get_group_size, get_zero
 from mlcbuild.recipes.schema import Quantization
 
@@ -23,6 +23,11 @@ class Reader:
         self.words = tir.arg("words", (tiles, in_features * q.bits // 32, 16), "uint32")
         self.scales = tir.arg("scales", (tiles, in_features // self.group, 16), q.dtype)
 
+    @staticmethod
+    def has_pairs(q: Quantization) -> bool:
+        """Whether `pairs` gives these weights: bfloat16 holds codes exactly; 32 inputs must share a scale."""
+        return get_group_size(q) % 32 == 0
+
     def eight(self, tile: Expr, k: Expr) -> tuple[list[Expr], Expr]:
         """Vectors of 16 output rows for inputs 8 k ... 8 k + 7, less their scale, and that."""
         scale = T.bind(to_f32(self.scales[tile, k // (self.group // 8), T.ramp(0, 1, 16)]))
@@ -34,6 +39,27 @@ class Reader:
             return [T.bind(tir.call(F32, "x86.avx512.permvar.sf.512", table, w)) for w in which], scale
         codes = [(word >> spread(T.uint32(shift))) & mask for word in words for shift in range(0, 32, self.bits)]
         return [T.bind(to_f32(T.cast(c, I32) - spread(T.int32(self.zero)))) for c in codes], scale
+
+    def pairs(self, tile: Expr, k: Expr) -> tuple[list[Expr], Expr]:
+        """int32x16 of 16 output rows for inputs 8 k + i beside 8 k + i + 4, i in 0 ... 3, less their scale, and that.
+
+        A word of 4-bit codes has inputs i and i + 4 sixteen bits apart. The instruction that looks each up looks at
+        five bits, and at the lowest only four count.
+        """
+        scale = T.bind(to_f32(self.scales[tile, k // (self.group // 8), T.ramp(0, 1, 16)]))
+        words = [T.bind(self.words[tile, k * (self.bits // 4) + i, T.ramp(0, 1, 16)]) for i in range(self.bits // 4)]
+        if self.bits == 4:
+            twice = [T.ramp(T.int32(first), 2, 16) & spread(T.int32(15)) for first in (0, 1)]
+            table = T.reinterpret("int16x32", bf16.join(*(to_f32(code - spread(T.int32(self.zero))) for code in twice)))
+            which = [T.reinterpret("int16x32", words[0] >> spread(T.uint32(4 * i))) for i in range(4)]
+            found = [tir.call("int16x32", "x86.avx512.permvar.hi.512", table, w) for w in which]
+            return [T.bind(T.reinterpret(I32, w)) for w in found], scale
+        return [T.bind(bf16.join(*(self._number(word, 8 * i) for word in words))) for i in range(4)], scale
+
+    def _number(self, word: Expr, shift: int) -> Expr:
+        """float32x16 of the 8-bit codes from bit `shift` on: 2^23 + code as the bits of a float, less 2^23 + zero."""
+        code = (word >> spread(T.uint32(shift))) & spread(T.uint32(255))
+        return T.reinterpret(F32, code | spread(T.uint32(0x4B000000))) - f32(2**23 + self.zero)
 
     def prefetch(self, tile: Expr, k: Expr) -> None:
         """Ask for what `eight` reads, scales apart; k may lie beyond the end."""

@@ -134,6 +134,11 @@ def put2(buffer: Expr, row: Expr, column: Expr, value: Expr, lanes: int = LANES)
     T.buffer_store(buffer, value, [row, T.ramp(column, 1, lanes)])
 
 
+def shuffle(vectors: list[Expr], which: list[int]) -> Expr:
+    """A vector of lanes of the vectors, which are numbered one behind the other."""
+    return T.Shuffle(vectors, which)
+
+
 def to_f32(x: Expr, lanes: int = LANES) -> Expr:
     """Convert a vector to float32 lanes."""
     return T.cast(x, f"float32x{lanes}")
