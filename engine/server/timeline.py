@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
@@ -19,7 +20,8 @@ _log = logging.getLogger(__name__)
 
 
 class Timeline:
-    """Writes to a file, request by request; the closing bracket may be missing, says the format.
+    """Writes to a file, request by request. Of a server that was killed the closing bracket is missing, which the
+    format allows.
 
     Raises InvalidSetting when the file cannot be written.
     """
@@ -27,9 +29,10 @@ class Timeline:
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
         try:
             self._file: TextIO | None = path.open("w", encoding="utf-8", buffering=1)
-            self._file.write("[\n")
+            self._file.write("[")
         except OSError as error:
             raise InvalidSetting(f"trace={path}: cannot be written: {error.strerror}", hint="trace=<a file>") from None
+        self._before = "\n"  # what separates the next event
         self._clock = clock
         self._start = clock()
         self._arrivals: dict[str, float] = {}
@@ -54,7 +57,8 @@ class Timeline:
         """Nothing more will be written."""
         file, self._file = self._file, None
         if file is not None:
-            file.close()
+            with contextlib.suppress(OSError), file:
+                file.write("\n]\n")
 
     def _write(self, name: str, row: int, arrival: float, now: float, usage: Usage, reason: str) -> None:
         assert self._file is not None
@@ -67,4 +71,5 @@ class Timeline:
             if end > start:
                 times = {"ts": round((start - self._start) * 1e6), "dur": round((end - start) * 1e6)}
                 event = {"name": span, "cat": "request", "ph": "X", **times, "pid": 1, "tid": row, "args": about}
-                self._file.write(json.dumps(event) + ",\n")
+                self._file.write(self._before + json.dumps(event))
+                self._before = ",\n"

@@ -19,7 +19,7 @@ from engine.server.timeline import Timeline
 
 
 def read(path: Path) -> list[dict]:
-    return json.loads(path.read_text().rstrip().rstrip(",") + "]")
+    return json.loads(path.read_text())
 
 
 def test_spans_and_rows(tmp_path: Path) -> None:
@@ -33,9 +33,11 @@ def test_spans_and_rows(tmp_path: Path) -> None:
     timeline.watch(Output("b", "", (2,), Usage(10, 2, queued=0.5, ttft=2.0, decoding=1.0), "stop"))
     timeline.watch(Output("c", "", (), Usage(7), "abort"))  # was never read: nothing to draw
     timeline.watch(Output("d", "x", (1,), Usage(10, 1, queued=0.0, ttft=0.25), "length"))
+    killed = (tmp_path / "trace.json").read_text()
     timeline.close()
     timeline.watch(Output("a", "", (), usage, "stop"))
     events = read(tmp_path / "trace.json")
+    assert json.loads(killed + "]") == events
     drawn = [(e["args"]["request"], e["name"], e["tid"], e["ts"], e["dur"]) for e in events]
     assert drawn == [
         ("b", "queue", 1, 1_000_000, 500_000),
@@ -50,6 +52,13 @@ def test_spans_and_rows(tmp_path: Path) -> None:
 class FullDisk(io.StringIO):
     def write(self, text: str) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_nothing_to_draw(tmp_path: Path) -> None:
+    timeline = Timeline(tmp_path / "trace.json")
+    timeline.close()
+    timeline.close()
+    assert read(tmp_path / "trace.json") == []
 
 
 def test_a_full_disk_ends_the_trace_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
