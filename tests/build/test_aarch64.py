@@ -89,7 +89,7 @@ def test_attention(monkeypatch: pytest.MonkeyPatch, build: Any, rng: np.random.G
     attention.test_attention_over_pages(rng, dtype, 8, 2, 64)
 
 
-@pytest.mark.parametrize("q", [kernels.Q4F16, kernels.Q8F16, kernels.Q0F16], ids=lambda q: q.name)
+@pytest.mark.parametrize("q", [kernels.Q4F16, kernels.Q8F16, kernels.Q0F16, kernels.Q0BF16], ids=lambda q: q.name)
 def test_linear_rows16(monkeypatch: pytest.MonkeyPatch, build: Any, rng: np.random.Generator, q: Any) -> None:
     monkeypatch.setattr(kernels, "build", build)
     kernels.test_linear_rows16(rng, q, 40, False, True)
