@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import tvm
+import tvm_ffi
 from tvm import IRModule
 
 from engine.artifact import ABI
@@ -61,6 +62,7 @@ def build_library(
 
 def compile_library(spec: Mapping[str, Any], destination: Path, report: Report) -> dict[str, float]:
     """Compile in this process; returns the seconds of each stage."""
+    hand_on_interrupts()
     quantization, target = Quantization.model_validate(spec["quantization"]), Target.model_validate(spec["target"])
     limits, layout = Limits.model_validate(spec["limits"]), spec["layout"]
     where = make_tvm_target(target)
@@ -87,6 +89,14 @@ def compile_library(spec: Mapping[str, Any], destination: Path, report: Report) 
     text = json.dumps(description, indent=2, sort_keys=True) + "\n"
     (destination / "library.json").write_text(text, encoding="utf-8")
     return seconds
+
+
+def hand_on_interrupts() -> None:
+    """Tell TVM of Ctrl-C and its like: what it does not know, and is raised while it calls Python, it makes an error of
+    the pass that happened to run."""
+    kinds: list[type[KeyboardInterrupt]] = [KeyboardInterrupt, *KeyboardInterrupt.__subclasses__()]
+    for kind in kinds:
+        tvm_ffi.register_error(kind.__name__, kind)
 
 
 def make_description(spec: Mapping[str, Any], program: Program, vocab_size: int) -> dict[str, Any]:

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import tvm
+import tvm_ffi
 from tvm import IRModule, relax, te, tirx
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import Tensor, op
 
+from mlcbuild.compiler import build
 from mlcbuild.compiler.cheap_stack import cheap_stack
 from mlcbuild.compiler.fatbin import MAGIC, check_fat_binary, list_cubins
 from mlcbuild.compiler.gpu import Linear
@@ -24,7 +26,8 @@ from mlcbuild.compiler.passes.set_bounds import set_bounds
 from mlcbuild.compiler.passes.specialize_low_batch import BUCKETS, specialize_low_batch
 from mlcbuild.compiler.pipeline import PLAN, make_pipeline, run_pipeline
 from mlcbuild.errors import CompileError
-from mlcbuild.recipes.schema import Quantization, Target
+from mlcbuild.graph.command import Terminated
+from mlcbuild.recipes.schema import Limits, Quantization, Target
 
 CPU = Target(name="cpu", kind="cpu", arch="x86_64", tvm={"kind": "llvm"}, layouts=["rows16"])
 SM90 = {
@@ -234,3 +237,18 @@ def test_library_without_the_right_machine_code_is_refused(data: bytes, message:
 def test_right_machine_code_is_accepted(tmp_path: Path) -> None:
     (tmp_path / "lib.so").write_bytes(make_fat_binary((2, 90)))
     check_fat_binary(tmp_path / "lib.so", "sm_90a")
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, Terminated])
+def test_an_interrupt_within_tvm_is_one(
+    kind: type[KeyboardInterrupt], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal may come while TVM calls a pass of ours: the build then ends as at any other moment."""
+
+    def interrupt() -> None:
+        raise kind
+
+    monkeypatch.setattr(build, "make_tvm_target", lambda target: tvm_ffi.convert(interrupt)())
+    limits = Limits(context_window=64, prefill_chunk=16, max_batch=2)
+    with pytest.raises(kind):
+        build.build_library("llama", {}, FOUR_BIT, CPU, limits, "rows16", tmp_path, lambda text, fraction: None)
