@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import reduce
 from pathlib import Path
 from types import TracebackType
@@ -164,14 +163,12 @@ def make_package_engine(
         package = open_package(path)
         packages, small = [package], None
         marks = get_marks(package.manifest.recipes["model"]["chat"])
-        with ThreadPoolExecutor(1) as pool:  # which takes as long as all the rest
-            loading = pool.submit(load_tokenizer, package.root, marks=marks)
-            if draft is None or not draft_tokens:
-                executor = TvmExecutor(package, budget)
-            else:
-                packages.append(open_package(draft))
-                executor, small = load_pair(package, packages[1], budget)
-            tokenizer = loading.result()
+        if draft is None or not draft_tokens:
+            executor = TvmExecutor(package, budget)
+        else:
+            packages.append(open_package(draft))
+            executor, small = load_pair(package, packages[1], budget)
+        tokenizer = load_tokenizer(package.root, marks=marks)  # meanwhile a thread touches the weights
         file = None if cache_file is None else CacheFile(cache_file, make_owner(packages))
         options: Any = {"prefix_cache": prefix_cache, "draft_tokens": draft_tokens, "draft": small}
         return Engine(executor, tokenizer, **options, cache_file=file)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import Callable
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from engine.core import Output, Request, Usage, join_outputs
+
+if TYPE_CHECKING:
+    import asyncio
 
 
 class Mailbox:

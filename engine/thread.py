@@ -14,7 +14,6 @@ block the thread: outputs that nobody has read are joined into one, so a slow re
 
 from __future__ import annotations
 
-import asyncio
 import atexit
 import logging
 import queue
@@ -116,6 +115,8 @@ class EngineThread:
         pooling: Pooling | None = None,
     ) -> AsyncReply:
         """As `generate`, for the running event loop. Cancelling the reading task aborts the request."""
+        import asyncio  # whose 9 ms only those pay who have a loop
+
         loop, arrived = asyncio.get_running_loop(), asyncio.Event()
         request = _make_request(prompt_tokens, params, request_id, priority, timeout, pooling)
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -31,6 +29,9 @@ class Start:
 
 def measure_start(package: Path, rounds: int = ROUNDS) -> Start:
     """Start the package so often, after once to warm the page cache. Raises CalledProcessError when it does not run."""
+    import statistics
+    import subprocess  # not by the process that is measured
+
     found: list[Start] = []
     for _ in range(rounds + 1):
         start = time.perf_counter()

@@ -10,6 +10,7 @@ installed wherever it runs, which is too much to ask of somebody who only wants 
 What cannot be compiled is an InvalidRequest, a schema keyword that is not implemented included: a reply is never
 freer than was asked for. Work is bounded by llguidance's own counts (LIMITS) rather than by a clock, since a thread
 cannot be stopped: the worst schemas of 64 KiB that we know take 0.5 s, a common one 1 ms. One is compiled at a time.
+It is imported with the first grammar, so that nobody waits for it at the start.
 """
 
 from __future__ import annotations
@@ -23,28 +24,30 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper, regex_to_lark
-from llguidance.gbnf_to_lark import any_to_lark
 from numpy.typing import NDArray
 
 from engine.errors import InvalidRequest
-from engine.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+    from engine.text.tokenizer import Tokenizer
 
 MAX_BYTES = 64 * 1024
 MAX_DEPTH = 32
 MAX_INTEGER = 2**53 - 1  # llguidance reads numbers as doubles
 CACHED = 128  # grammars, good and bad
-LIMITS = LLParserLimits(
-    initial_lexer_fuel=1_000_000,
-    step_lexer_fuel=200_000,
-    step_max_items=50_000,
-    max_lexer_states=50_000,
-    max_grammar_size=100_000,
-    verbose_errors=False,
-)
+LIMITS: dict[str, Any] = {
+    "initial_lexer_fuel": 1_000_000,
+    "step_lexer_fuel": 200_000,
+    "step_max_items": 50_000,
+    "max_lexer_states": 50_000,
+    "max_grammar_size": 100_000,
+    "verbose_errors": False,
+}
 # JSON as json.dumps writes it. Free white space would let a model write nothing but white space.
 SPACING: dict[str, Any] = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
@@ -143,10 +146,12 @@ class GrammarCompiler:
 
     def _compile(self, text: str) -> Grammar | str:
         """The grammar, or what is wrong with it."""
+        from llguidance import LLMatcher, LLParserLimits
+
         if self._tokenizer is None:
             self._tokenizer = make_backend(self._source)
         try:
-            matcher = LLMatcher(self._tokenizer, text, limits=LIMITS, log_level=0)
+            matcher = LLMatcher(self._tokenizer, text, limits=LLParserLimits(**LIMITS), log_level=0)
             if not matcher.is_error():
                 first = matcher.deep_copy()  # some grammars fail only at their first step
                 first.compute_bitmask()
@@ -162,6 +167,8 @@ def make_backend(tokenizer: Tokenizer) -> LLTokenizer:
     Built by hand, because llguidance takes every added token for a control token. Those of a tool call, such as
     <tool_call>, are text: they are drawn as one token and the grammar reads them as characters.
     """
+    from llguidance import LLTokenizer, TokenizerWrapper
+
     backend = tokenizer.backend
     plain = LLTokenizer(backend.to_str(), slices=[])
     added = backend.get_added_tokens_decoder()
@@ -209,6 +216,8 @@ def make_regex_grammar(pattern: str, *, param: str) -> str:
 
     The classes \\d, \\w and \\s are those of ASCII, as in JSON schemas: programs read what they match.
     """
+    from llguidance import LLMatcher, regex_to_lark
+
     _check_size(pattern, param)
     try:
         return LLMatcher.grammar_from_regex(regex_to_lark(pattern, "dws").replace("\\/", "/"))
@@ -226,6 +235,9 @@ def make_choice_grammar(choices: Sequence[str], *, param: str) -> str:
 
 def make_ebnf_grammar(text: str, *, param: str) -> str:
     """A grammar in llama.cpp's GBNF (`root ::= ...`) or in Lark (`start: ...`)."""
+    from llguidance import LLMatcher
+    from llguidance.gbnf_to_lark import any_to_lark
+
     _check_size(text, param)
     try:
         return LLMatcher.grammar_from_lark(any_to_lark(text))
