@@ -261,7 +261,7 @@ def _map_file(path: Path) -> NDArray[np.uint8]:
     with path.open("rb") as file:
         region = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     data = np.frombuffer(region, np.uint8)
-    # Touched while the tokenizer loads, so that the first batch need not wait for the pages: sum() lets others run, a
-    # tokenizer that loads does not
-    threading.Thread(target=data[::FAULT].sum, name="touch", daemon=True).start()
+    # Touched while the tokenizer loads, so that the first batch need not wait for the pages. max() lets Python's other
+    # threads run; sum() would not, since it widens what it adds
+    threading.Thread(target=data[::FAULT].max, name="touch", daemon=True).start()
     return data
