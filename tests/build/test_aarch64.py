@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import test_attention as attention
 import test_kernels as kernels
+import test_sampling as sampling
 import tvm
 
 from mlcbuild.compiler.kernels import linear_dot, quantize_rows
@@ -87,6 +88,12 @@ def test_small_kernels(monkeypatch: pytest.MonkeyPatch, build: Any, rng: np.rand
 def test_attention(monkeypatch: pytest.MonkeyPatch, build: Any, rng: np.random.Generator, dtype: str) -> None:
     monkeypatch.setattr(attention, "build", build)
     attention.test_attention_over_pages(rng, dtype, 8, 2, 64)
+
+
+def test_sampling(monkeypatch: pytest.MonkeyPatch, build: Any, rng: np.random.Generator) -> None:
+    monkeypatch.setattr(sampling, "build", build)
+    sampling.test_tokens_lie_where_the_draw_says(rng, None, 1000)
+    sampling.test_unusable_rows_hurt_no_other(rng)
 
 
 @pytest.mark.parametrize("q", [kernels.Q4F16, kernels.Q8F16, kernels.Q0F16, kernels.Q0BF16], ids=lambda q: q.name)
