@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -81,11 +81,15 @@ def test_a_turn_computes_only_what_is_new(executor: TvmExecutor) -> None:
         history = reply.usage.total_tokens
 
 
-def test_what_is_kept_on_disk_is_of_use_later(tiny_package: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("quantization", ["q4f16_1", "q4f16_1_kv8"])
+def test_what_is_kept_on_disk_is_of_use_later(
+    build_embedded: Callable[..., Path], tmp_path: Path, quantization: str
+) -> None:
+    package = build_embedded("tiny", quantization)
     messages = [{"role": "user", "content": " ".join(TURNS)}]
     replies = []
     for _ in range(2):
-        with LLM(tiny_package, kv_tokens=1024, cache_file=tmp_path / "cache") as llm:
+        with LLM(package, kv_tokens=1024, cache_file=tmp_path / "cache") as llm:
             replies.append(llm.chat(messages, SamplingParams(temperature=0, max_tokens=30)))
     assert replies[0].token_ids == replies[1].token_ids
     assert [reply.usage.cached_tokens >= 16 for reply in replies] == [False, True]
