@@ -29,6 +29,7 @@ from engine.errors import CannotListen
 from engine.model import LoadedModel
 from engine.server.app import make_app, make_waiting_app
 from engine.server.auth import check_exposure, load_keys
+from engine.server.connections import Connection, raise_file_limit
 from engine.server.settings import ServerSettings
 from engine.server.timeline import Timeline
 from engine.thread import EngineThread
@@ -128,6 +129,7 @@ class Server(uvicorn.Server):
         config = uvicorn.Config(
             self._answer,
             interface="asgi3",
+            http=functools.partial(Connection, most=raise_file_limit()),  # type: ignore[arg-type]  # it makes them
             lifespan="off",
             ws="none",
             log_config=None,  # warnings and errors go to stderr, as everybody's do
