@@ -20,7 +20,7 @@ from mlcbuild.compiler.kernels import tir
 from mlcbuild.compiler.kernels.benchmark import MOST_SEQUENCES, Benchmark, Setting
 from mlcbuild.compiler.kernels.tir import LANES, Accumulator, Expr, f32, put, spread, vec, vec2
 
-BLOCK = 1024  # weights whose sum a draw looks at first
+BLOCK = 2048  # weights that are summed together; with fewer LLVM unrolls the whole loop over them, which is slower
 CHAINS = 4  # sums side by side: an addition takes as many cycles
 LEAST, ABOVE = 0x00800000, 0x3F800001  # bits of the least weight that is not rounded to 0, and of what exceeds all
 DRAW = ("temperature", "top_k", "top_p", "min_p", "uniform")  # columns of `draws`, as in engine.core.Draw
@@ -47,14 +47,14 @@ def make_pick_tokens(vocab: int) -> tirx.PrimFunc:
 
         def pick(i: Expr) -> None:
             row = _Row(vocab, logits, T.bind(T.cast(rows[i], "int64")))
-            wish = {name: T.bind(draws[i, column]) for column, name in enumerate(DRAW)}
+            draw = {name: T.bind(draws[i, column]) for column, name in enumerate(DRAW)}
             largest = row.find_largest()
-            bad = row.weigh(largest, T.bind(T.cast(T.float64(math.log2(math.e)) / wish["temperature"], "float32")))
+            bad = row.weigh(largest, T.bind(T.cast(T.float64(math.log2(math.e)) / draw["temperature"], "float32")))
             usable = tirx.all(bad == 0, largest < T.float32(math.inf), largest > T.float32(-math.inf))
             with T.If(usable):
                 with T.Then():
-                    row.cut(wish["top_k"], wish["top_p"], wish["min_p"])
-                    T.buffer_store(tokens, row.draw(wish["uniform"]), [i])
+                    row.cut(draw["top_k"], draw["top_p"], draw["min_p"])
+                    T.buffer_store(tokens, row.draw(draw["uniform"]), [i])
                 with T.Else():
                     T.buffer_store(tokens, T.int32(UNUSABLE), [i])
 
@@ -202,11 +202,15 @@ def _hold(value: Expr) -> Expr:
 
 
 def list_benchmarks(s: Setting) -> Iterator[Benchmark]:
-    """Rows of normal logits, flat as those of random weights, for each cut alone."""
+    """Rows of normal logits, flat as those of random weights."""
     kernel = make_pick_tokens(s.vocab)
-    cuts = {"top-k 40": (0.8, 40, 1, 0, 0.5), "top-p 0.9": (0.6, 0, 0.9, 0, 0.5), "min-p 0.1": (0.8, 0, 1, 0.1, 0.5)}
-    logits = np.random.default_rng(0).normal(size=-(-s.vocab // LANES) * LANES)
-    for name, wish in cuts.items():
+    cuts = {
+        "top-k 40": (0.8, 40, 1, 0, 0.5),
+        "top-k 40, top-p 0.9": (0.8, 40, 0.9, 0, 0.5),
+        "top-p 0.9": (0.6, 0, 0.9, 0, 0.5),
+        "min-p 0.1": (0.8, 0, 1, 0.1, 0.5),
+    }
+    for name, draw in cuts.items():
         for n in (n for n in s.rows if n <= MOST_SEQUENCES):
-            values = {"logits": logits, "rows": np.arange(n), "draws": wish}
+            values = {"logits": logits, "rows": np.arange(n), "draws": draw}
             yield Benchmark(f"{name}, {n} rows", kernel, {"n": n, "b": n}, values=values, nbytes=n * s.vocab * 4)
