@@ -204,6 +204,7 @@ def _hold(value: Expr) -> Expr:
 def list_benchmarks(s: Setting) -> Iterator[Benchmark]:
     """Rows of normal logits, flat as those of random weights."""
     kernel = make_pick_tokens(s.vocab)
+    logits = np.random.default_rng(0).normal(size=-(-s.vocab // LANES) * LANES)
     cuts = {
         "top-k 40": (0.8, 40, 1, 0, 0.5),
         "top-k 40, top-p 0.9": (0.8, 40, 0.9, 0, 0.5),
