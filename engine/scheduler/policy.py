@@ -4,7 +4,8 @@ Every sequence has a rank: its priority, then its arrival. Waiting ones start in
 first; when a running one needs a page and none is free, the last in rank gives its pages back and is computed anew
 later. So the first always moves on, and everything ends (as long as more urgent ones do not come without end). One
 that waits takes the place of running ones with a lesser priority if it must. Decoding sequences go first into each
-batch, prompts fill what is left: a long prompt delays the others by one chunk at most.
+batch, prompts fill what is left, and one that takes several batches leaves half of it to the next of its priority, and
+so on: a long prompt delays the others by one chunk at most, those that have just come included.
 
 Full pages go into the prefix cache as soon as they are computed, and a sequence starts with the pages that the cache
 has of it. What is preempted or finished leaves its pages there, so coming back costs little as long as pages last.
@@ -163,13 +164,31 @@ class Scheduler:
                     break
                 sequence = prefilling.pop(0)
             count = min(budget, sequence.pending)
+            if self._shares(sequence, prefilling):
+                count -= count // 2
             if sequence.computed < sequence.scored:
                 count = min(count, rows)
                 rows -= count
             if count:
                 chunks.append(_make_chunk(sequence, count))
                 budget -= count
+        chunks = self._give_back(chunks, budget)
         return sorted(chunks, key=_is_long) if len(chunks) > len(decoding) else chunks
+
+    def _shares(self, sequence: Sequence, prefilling: Iterable[Sequence]) -> bool:
+        """A prompt that takes several batches, before others of its priority."""
+        others = (*prefilling, *self._waiting[:1])
+        return self._is_large(sequence) and any(other.rank[0] == sequence.rank[0] for other in others)
+
+    def _is_large(self, sequence: Sequence) -> bool:
+        return sequence.pending > self._limits.prefill_chunk
+
+    def _give_back(self, chunks: list[Chunk], room: int) -> list[Chunk]:
+        """Where those to whom a long prompt left room could not take it all, it goes on itself."""
+        first = next((i for i, c in enumerate(chunks) if self._is_large(c.sequence) and not c.num_scored), None)
+        if room and first is not None:
+            chunks[first] = _make_chunk(chunks[first].sequence, chunks[first].count + room)
+        return chunks
 
     def get_guess_room(self, chunks: Iterable[Chunk]) -> int:
         """Tokens that this batch could take besides `chunks`."""

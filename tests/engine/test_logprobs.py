@@ -107,7 +107,7 @@ def test_prompt_logprobs(preempted: bool) -> None:
         engine.add(replace(make_request("urgent", [3] * 120, max_tokens=3), priority=-1))
     outputs += [output for _ in range(40) if engine.has_work for output in engine.step()]
     found = join_by_request(outputs)
-    assert engine.get_stats().preemptions == preempted
+    assert (engine.get_stats().preemptions > 0) == preempted
     assert [p.token for p in found["a"].prompt_logprobs] == prompt[1:]
     assert [p.token for p in found["b"].prompt_logprobs] == prompt[1:30]
     assert found["a"].logprobs == ()

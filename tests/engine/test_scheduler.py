@@ -112,10 +112,30 @@ def test_a_long_prompt_delays_the_others_by_one_chunk() -> None:
     assert run_once(scheduler) == [("short", 0, 3)]
     scheduler.add(Sequence("long", [1] * 60))
     scheduler.add(Sequence("next", [1] * 5))
-    assert run_once(scheduler) == [("short", 3, 1), ("long", 0, 23)]
-    assert run_once(scheduler) == [("short", 4, 1), ("long", 23, 23)]
-    assert run_once(scheduler) == [("short", 5, 1), ("long", 46, 14), ("next", 0, 5)]
-    assert run_once(scheduler) == [("short", 6, 1), ("long", 60, 1), ("next", 5, 1)]
+    assert run_once(scheduler) == [("short", 3, 1), ("long", 0, 18), ("next", 0, 5)]
+    assert run_once(scheduler) == [("short", 4, 1), ("next", 5, 1), ("long", 18, 22)]
+    scheduler.add(Sequence("another", [2] * 30))
+    assert run_once(scheduler) == [("short", 5, 1), ("next", 6, 1), ("long", 40, 20), ("another", 0, 2)]
+    assert run_once(scheduler) == [("short", 6, 1), ("long", 60, 1), ("next", 7, 1), ("another", 2, 21)]
+
+
+def test_long_prompts_share_a_chunk() -> None:
+    """Each leaves half of what is left to the next, so that a short one behind them begins at once."""
+    scheduler = make_scheduler(num_pages=40)
+    for number in range(2):
+        scheduler.add(Sequence(f"long{number}", [number + 5] * 100))
+    scheduler.add(Sequence("short", [1] * 5))
+    assert run_once(scheduler) == [("long0", 0, 13), ("long1", 0, 6), ("short", 0, 5)]
+    assert run_once(scheduler) == [("short", 5, 1), ("long0", 13, 12), ("long1", 6, 11)]
+
+
+def test_a_long_prompt_that_is_urgent_shares_with_its_like() -> None:
+    scheduler = make_scheduler(num_pages=40)
+    scheduler.add(Sequence("short", [1] * 5))
+    scheduler.add(Sequence("urgent", [5] * 60, priority=-1))
+    assert run_once(scheduler) == [("urgent", 0, 24)]
+    scheduler.add(Sequence("urgent too", [6] * 5, priority=-1))
+    assert run_once(scheduler) == [("urgent", 24, 14), ("urgent too", 0, 5), ("short", 0, 5)]
 
 
 def test_nobody_overtakes() -> None:
