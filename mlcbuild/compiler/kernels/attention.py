@@ -243,15 +243,27 @@ class _Run:
         return (lambda row: place.prefetch(1, row)) if self.most == 1 else (lambda row: None)
 
     def _ask_keys(self, b: Expr) -> Later:
-        """Likewise for the keys of page b of the sequence or, past its end, of the run that comes next."""
+        """Likewise for the keys of page b of the sequence or, past its end, of the run that comes next.
+
+        And once more for those of the page before in its block: a processor drops requests that come too fast.
+        """
         if self.most > 1:
             return lambda row: None
+        places = [self._find_next(b), self._find_next(b - T.cast(mod(b, BLOCK) > 0, "int64"))]
+        self.call.kind.ask(places[0])
+
+        def ask(row: Expr) -> None:
+            for place in places:
+                place.prefetch(0, row)
+
+        return ask
+
+    def _find_next(self, b: Expr) -> Place:
+        """Page b of the sequence; past its end the page of the next run that is in the same place of a block."""
         ends = T.bind(b > div(self.last, PAGE))
         line, head = T.Select(ends, self.next_line, self.line), T.Select(ends, self.next_head, self.head)
         page = keep(T.cast(self.call.table[line, T.Select(ends, mod(b, BLOCK), b)], "int64"))
-        place = Place(self.call.pages, self.call.layer, page, keep(head))
-        self.call.kind.ask(place)
-        return lambda row: place.prefetch(0, row)
+        return Place(self.call.pages, self.call.layer, page, keep(head))
 
     def _score(self, block: Expr, pages: Expr, first: Expr) -> None:
         """scores[lane][page][16] of a group of lanes; the first one asks for the values."""
