@@ -150,7 +150,7 @@ def test_chat_answers_a_pipe(project, store, settings):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert ANSWER in done.stdout
-    assert ("verify    tiny-draft" in done.stdout) == bool(settings)
+    assert ("verify    tiny-draft" in done.stderr) == bool(settings)
 
 
 @pytest.fixture
