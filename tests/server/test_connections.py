@@ -84,19 +84,23 @@ def test_few_files() -> None:
 
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = start_process("serve", "port=0", preexec_fn=limit, **pipes)
-    assert process.stdout is not None
-    line = next(line for line in process.stdout if " is served at " in line)
-    url = line.split(" is served at ")[1].split("/v1")[0]
-    with httpx.Client(base_url=url) as client:
-        assert client.get("/health").status_code == 200
-        with connect_often(url, 300):
-            time.sleep(0.5)  # for all to be accepted, or closed
-            answer = client.post("/v1/chat/completions", json=SLOW, timeout=30)
-            assert (answer.status_code, answer.json()["usage"]["completion_tokens"]) == (200, 30)
-        wait_until(lambda: httpx.get(f"{url}/health").status_code == 200)
-    process.send_signal(signal.SIGTERM)
-    output, errors = process.communicate(timeout=20)
-    assert (process.returncode, output, errors) == (0, "the server has ended\n", "")
+    try:
+        assert process.stdout is not None
+        line = next(line for line in process.stdout if " is served at " in line)
+        url = line.split(" is served at ")[1].split("/v1")[0]
+        with httpx.Client(base_url=url) as client:
+            assert client.get("/health").status_code == 200
+            with connect_often(url, 300):
+                time.sleep(0.5)  # for all to be accepted, or closed
+                answer = client.post("/v1/chat/completions", json=SLOW, timeout=30)
+                assert (answer.status_code, answer.json()["usage"]["completion_tokens"]) == (200, 30)
+            wait_until(lambda: httpx.get(f"{url}/health").status_code == 200)
+        process.send_signal(signal.SIGTERM)
+        output, errors = process.communicate(timeout=20)
+        assert (process.returncode, output, errors) == (0, "the server has ended\n", "")
+    finally:
+        process.kill()
+        process.communicate()
 
 
 @pytest.mark.parametrize(
