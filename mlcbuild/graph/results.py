@@ -50,7 +50,8 @@ class ResultLog:
     def __init__(self, root: Path) -> None:
         self._path = str(root / PATH)
         self._lines: dict[str, bytes] = {}
-        self._file = (0, 0)  # device and inode of the file that was read
+        self._handle = -1  # of the file that was read: while it is open, no other gets its inode
+        self._file = (0, 0)  # device and inode of it
         self._read = 0  # bytes of it
         self._replaced = 0
 
@@ -102,17 +103,15 @@ class ResultLog:
     def _load(self) -> None:
         try:
             found = os.stat(self._path)
-            if (found.st_dev, found.st_ino) == self._file and found.st_size == self._read:
+            same = (found.st_dev, found.st_ino) == self._file
+            if same and found.st_size == self._read:
                 return
-            with open(self._path, "rb") as file:
-                found = os.fstat(file.fileno())
-                if (found.st_dev, found.st_ino) != self._file or found.st_size < self._read:  # another file by now
-                    self._begin(found.st_dev, found.st_ino)
-                file.seek(self._read)
-                data = file.read()
+            if not same or found.st_size < self._read:
+                self._begin(os.open(self._path, os.O_RDONLY))
         except FileNotFoundError:
-            self._begin(0, 0)
+            self._begin(-1)
             return
+        data = os.pread(self._handle, os.fstat(self._handle).st_size - self._read, self._read)
         self._take(data[: data.rfind(b"\n") + 1])  # the rest is being written
 
     def _take(self, data: bytes) -> None:
@@ -123,9 +122,18 @@ class ResultLog:
                 self._replaced += task in self._lines
                 self._lines[task] = line
 
-    def _begin(self, device: int, inode: int) -> None:
-        self._file, self._read, self._replaced = (device, inode), 0, 0
+    def _begin(self, handle: int) -> None:
+        self._close()
+        found = os.fstat(handle) if handle >= 0 else None
+        self._handle, self._file = handle, (found.st_dev, found.st_ino) if found else (0, 0)
+        self._read = self._replaced = 0
         self._lines.clear()
+
+    def _close(self) -> None:
+        if self._handle >= 0:
+            os.close(self._handle)
+
+    __del__ = _close
 
     def _compact(self) -> None:
         """Write the log anew, without the lines that later ones have replaced."""

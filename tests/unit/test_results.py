@@ -87,6 +87,17 @@ def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert load(tmp_path) == {"convert:a": make_result(1), "convert:b": make_result(3)}
 
 
+def test_a_file_is_not_taken_for_one_whose_inode_it_got(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tidied twice, the log may have its first inode again, and as many bytes."""
+    monkeypatch.setattr(results, "COMPACT_LINES", 0)
+    reader, writer = ResultLog(tmp_path), ResultLog(tmp_path)
+    for number in range(100, 300):
+        writer.add("convert:a", make_result(number))
+        assert writer.get("convert:a") == make_result(number)
+        if number % 2:
+            assert reader.get("convert:a") == make_result(number)
+
+
 def add_many(root: Path, task: str) -> None:
     log = ResultLog(root)
     for number in range(300):
