@@ -34,7 +34,8 @@ from engine.server.settings import ServerSettings
 from engine.server.timeline import Timeline
 from engine.thread import EngineThread
 
-BACKLOG = 2048
+BACKLOG = 2048  # connections that wait to be accepted
+AT_ONCE = 16  # of these asyncio accepts before it looks at them: refused ones must be closed before files run out
 GRACE = 3  # seconds that clients have to read the end of their streams
 KEEP_ALIVE = 75  # seconds; longer than clients keep idle connections, or we close one as its next request is sent
 POLL = 0.05  # seconds
@@ -136,7 +137,7 @@ class Server(uvicorn.Server):
             access_log=False,
             proxy_headers=False,
             server_header=False,
-            backlog=BACKLOG,
+            backlog=AT_ONCE,  # which uvicorn tells asyncio, and asyncio the socket
             timeout_graceful_shutdown=GRACE,
             timeout_keep_alive=KEEP_ALIVE,
         )
@@ -156,6 +157,8 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Called by uvicorn, which from then on answers, and ends in its own way when a signal comes."""
         await super().startup(sockets)
+        for listener in sockets or []:
+            listener.listen(BACKLOG)
         self._loading = asyncio.create_task(self._load_model())
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
