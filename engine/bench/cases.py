@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import numpy as np
 
 from engine.core import Batch, Limits
+from engine.errors import InvalidSetting
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +21,11 @@ class Case:
     context: int
 
     @property
+    def key(self) -> str:
+        """Its name as people type it: `prefill-2048`, `decode-batch-4`."""
+        return self.name.replace(",", "").replace(" ", "-")
+
+    @property
     def new(self) -> int:
         """Tokens that one run makes."""
         return self.sequences * self.tokens
@@ -28,25 +35,46 @@ class Case:
         return -(-(self.context + self.tokens) // limits.page_size)
 
 
+# Peers go on from what the case before has left in their caches.
+CASES = (
+    Case("prefill 128", 1, 128, 0),
+    Case("prefill 512", 1, 512, 0),
+    Case("prefill 2,048", 1, 2048, 0),
+    Case("decode at 2,000", 1, 1, 2000),
+    Case("decode", 1, 1, 0),
+    Case("decode, batch 4", 4, 1, 0),
+    Case("decode, batch 16", 16, 1, 0),
+    Case("decode, batch 32", 32, 1, 0),
+)
+
+
 def make_cases(limits: Limits) -> list[Case]:
-    """The cases that fit: prefill 128, 512 and 2,048, decode at 0 and 2,000 tokens, batches of 4, 16 and 32."""
-    wanted = [
-        Case("prefill 128", 1, 128, 0),
-        Case("prefill 512", 1, 512, 0),
-        Case("prefill 2,048", 1, 2048, 0),
-        Case("decode", 1, 1, 0),
-        Case("decode at 2,000", 1, 1, 2000),
-        Case("decode, batch 4", 4, 1, 0),
-        Case("decode, batch 16", 16, 1, 0),
-        Case("decode, batch 32", 32, 1, 0),
-    ]
-    return [
-        c
-        for c in wanted
-        if c.sequences <= limits.max_batch
-        and c.context + c.tokens <= limits.max_length
-        and c.sequences * c.count_pages(limits) <= limits.num_pages
-    ]
+    """Those of CASES that fit."""
+    return [case for case in CASES if not explain_unfit(case, limits)]
+
+
+def pick_cases(patterns: str) -> list[Case]:
+    """Those of CASES that a comma list of keys and globs names, in their own order. InvalidSetting for one of none."""
+    wanted: set[str] = set()
+    for pattern in (part.strip() for part in patterns.split(",")):
+        found = [case.key for case in CASES if fnmatchcase(case.key, pattern)]
+        if not found:
+            known = ", ".join(case.key for case in CASES)
+            raise InvalidSetting(f"cases={patterns}: there is no case {pattern!r}", hint=f"give some of {known}")
+        wanted.update(found)
+    return [case for case in CASES if case.key in wanted]
+
+
+def explain_unfit(case: Case, limits: Limits) -> str:
+    """Why a package of these limits cannot run the case; "" if it can."""
+    length, pages = case.context + case.tokens, case.sequences * case.count_pages(limits)
+    if case.sequences > limits.max_batch:
+        return f"the package takes {limits.max_batch} sequences at once"
+    if length > limits.max_length:
+        return f"the package's context has {limits.max_length:,} tokens"
+    if pages > limits.num_pages:
+        return f"it needs {pages} pages of the KV cache, which has {limits.num_pages}"
+    return ""
 
 
 def make_batches(case: Case, limits: Limits) -> list[Batch]:

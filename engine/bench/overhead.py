@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from engine.bench.cases import Case, make_batches
 from engine.core import Batch, Draw, Request, SamplingParams
 from engine.engine import Engine
 from engine.runtime.executor import Executor
@@ -54,6 +55,15 @@ def measure_overhead(
             report(f"engine, batch {sequences}, {name}")
             found.append(_measure(_Timed(executor), tokenizer, sequences, name, params))
     return found
+
+
+def guess_seconds(executor: Executor, sequences: int) -> float:
+    """How long `measure_overhead` of this batch will take, from one step of it."""
+    batch = make_batches(Case("", sequences, 1, 0), executor.limits)[0]
+    executor.run(batch)
+    start = time.perf_counter()
+    executor.run(batch)
+    return len(SAMPLING) * (STEPS + PROMPT) * (time.perf_counter() - start)
 
 
 def _measure(executor: Any, tokenizer: Tokenizer, sequences: int, name: str, params: SamplingParams) -> Overhead:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.bench.cases import Case
+from engine.bench.speed import HERE
 
 if TYPE_CHECKING:
     from engine.bench.speed import Figure, Roofline, Speed
@@ -24,7 +25,7 @@ def count_operations(config: Mapping[str, Any], case: Case) -> int:
 
 
 def write_roofline(
-    path: Path, title: str, speed: Speed, roofline: Roofline, config: Mapping[str, Any], cases: list[Case]
+    path: Path, title: str, speed: Speed, roofline: Roofline, config: Mapping[str, Any], cases: Sequence[Case]
 ) -> None:
     """The roof of this machine, and a point for each case of each program. Needs a speed with both of its rates."""
     from matplotlib.figure import Figure as Picture
@@ -35,19 +36,19 @@ def write_roofline(
     figure = Picture(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
     figures = {f.name: f for f in speed.figures}
-    work = {c.name: (count_operations(config, c), roofline.count_bytes(c), c) for c in cases}
+    work = {c.name: (count_operations(config, c), roofline.count_bytes(c), c) for c in cases if c.name in figures}
     intensities = [operations / nbytes for operations, nbytes, _ in work.values()]
-    x = [min(intensities) / 2, peak / bandwidth, max(intensities) * 2]
-    axes.plot(x, [min(peak, bandwidth * i) / 1e9 for i in x], "k-", label="this machine")
-    for number, who in enumerate(["mlcbuild", *speed.figures[0].peers]):
-        rates = [_get_rate(figures[name], who) for name in work]
-        done = [
-            rate / case.new * operations / 1e9 for rate, (operations, _, case) in zip(rates, work.values(), strict=True)
+    roof = [min(intensities) / 2, peak / bandwidth, max(intensities) * 2]
+    axes.plot(roof, [min(peak, bandwidth * i) / 1e9 for i in roof], "k-", label="this machine")
+    for number, who in enumerate(dict.fromkeys([HERE, *(peer for f in speed.figures for peer in f.peers)])):
+        points = [
+            (name, operations / nbytes, rate / case.new * operations / 1e9)
+            for name, (operations, nbytes, case) in work.items()
+            if (rate := _get_rate(figures[name], who)) is not None
         ]
-        axes.scatter(intensities, done, s=28, color=f"C{number}", label=who, zorder=3)
-        if not number:
-            for name, i, y in zip(work, intensities, done, strict=True):
-                axes.annotate(name, (i, y), xytext=(4, -12), textcoords="offset points", fontsize=7)
+        axes.scatter([x for _, x, _ in points], [y for *_, y in points], s=28, color=f"C{number}", label=who, zorder=3)
+        for name, x, y in points if who == HERE else []:
+            axes.annotate(name, (x, y), xytext=(4, -12), textcoords="offset points", fontsize=7)
     axes.set(xscale="log", yscale="log", xlabel="operations per byte read", ylabel="billions of operations per second")
     axes.set_title(title, parse_math=False)
     axes.grid(visible=True, which="both", alpha=0.2)
@@ -56,5 +57,8 @@ def write_roofline(
     figure.savefig(path)
 
 
-def _get_rate(figure: Figure, who: str) -> float:
-    return figure.peers[who].rate if who in figure.peers else figure.rate
+def _get_rate(figure: Figure, who: str) -> float | None:
+    """None where the peer did not run the case."""
+    if who == HERE:
+        return figure.rate
+    return figure.peers[who].rate if who in figure.peers else None

@@ -11,9 +11,14 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from engine.runtime.executor import Executor
 
 PROMPT = 128  # tokens
 ROUNDS = 3
+IMPORTS = 1.0  # seconds before the prompt, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +54,17 @@ def measure_start(package: Path, rounds: int = ROUNDS) -> Start:
     middle = sorted(found, key=lambda one: one.peak_bytes)[len(found) // 2]
     seconds = statistics.median(one.seconds for one in found)
     return Start(seconds, middle.peak_bytes, middle.weight_bytes, middle.kv_bytes)
+
+
+def guess_start_seconds(executor: Executor, rounds: int = ROUNDS) -> float:
+    """How long `measure_start` will take, from one prompt."""
+    from engine.bench.cases import Case, make_batches
+
+    case = Case("", 1, min(PROMPT, executor.limits.max_length - 1), 0)
+    start = time.perf_counter()
+    for batch in make_batches(case, executor.limits):
+        executor.run(batch)
+    return (rounds + 1) * (IMPORTS + time.perf_counter() - start)
 
 
 def main() -> None:

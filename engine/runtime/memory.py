@@ -87,6 +87,12 @@ def get_token_bytes(library: Library) -> int:
     return kv.layers * 2 * kv.kv_heads * kv.row_bytes
 
 
+def count_bytes(library: Library, limits: Limits, weight_bytes: int) -> int:
+    """Bytes that an executor of these limits takes: weights, workspace and KV cache."""
+    cache = limits.num_pages * limits.page_size * get_token_bytes(library)
+    return weight_bytes + _get_workspace([library]) + cache
+
+
 def _get_batch(library: Library, mode: str) -> int:
     most = library.limits.max_batch
     return {"local": min(LOCAL_BATCH, most), "interactive": 1, "server": most}[mode]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from engine.bench import speed as speed_module
-from engine.bench.cases import Case, make_batches, make_cases
-from engine.bench.peers import list_peers, load_peer
+from engine.bench.cases import CASES, Case, explain_unfit, make_batches, make_cases, pick_cases
+from engine.bench.peers import Program, find_peer, group_programs, list_peers, make_folder
 from engine.bench.roofline import count_operations
 from engine.bench.speed import Roofline, measure_speed, to_record
 from engine.core import Limits
-from engine.errors import InvalidSetting
+from engine.errors import DoesNotFit, InvalidSetting
 from engine.runtime.fake import FakeExecutor
 
 LIMITS = Limits(context_window=2560, prefill_chunk=512, max_batch=4, page_size=16, num_pages=160, vocab_size=256)
@@ -20,8 +22,6 @@ LIMITS = Limits(context_window=2560, prefill_chunk=512, max_batch=4, page_size=1
 
 class FakePeer:
     """Writes down what it is asked for."""
-
-    version = "a fake"
 
     def __init__(self, log: list[str]) -> None:
         self.log = log
@@ -42,12 +42,39 @@ def test_cases_are_those_that_fit() -> None:
         "prefill 128",
         "prefill 512",
         "prefill 2,048",
-        "decode",
         "decode at 2,000",
+        "decode",
         "decode, batch 4",
     ]
     small = Limits(context_window=128, prefill_chunk=32, max_batch=1, page_size=16, num_pages=8, vocab_size=256)
     assert [c.name for c in make_cases(small)] == ["prefill 128", "decode"]
+
+
+def test_cases_are_picked_by_name() -> None:
+    assert [c.key for c in pick_cases("decode-batch-*, prefill-2048")] == [
+        "prefill-2048",
+        "decode-batch-4",
+        "decode-batch-16",
+        "decode-batch-32",
+    ]
+    assert pick_cases("*") == list(CASES)
+    with pytest.raises(InvalidSetting) as caught:
+        pick_cases("decode,prefil-512")
+    assert str(caught.value) == (
+        "cases=decode,prefil-512: there is no case 'prefil-512'\n  hint: give some of prefill-128, prefill-512, "
+        "prefill-2048, decode-at-2000, decode, decode-batch-4, decode-batch-16, decode-batch-32"
+    )
+
+
+def test_a_case_that_does_not_fit_says_why() -> None:
+    reasons = {c.key: explain_unfit(c, LIMITS) for c in CASES}
+    assert reasons["decode-batch-16"] == "the package takes 4 sequences at once"
+    short = Limits(context_window=1024, prefill_chunk=512, max_batch=32, page_size=16, num_pages=20, vocab_size=256)
+    assert explain_unfit(Case("prefill 512", 1, 512, 0), short) == "the package's context has 320 tokens"
+    assert explain_unfit(Case("decode, batch 32", 32, 1, 0), short) == (
+        "it needs 32 pages of the KV cache, which has 20"
+    )
+    assert explain_unfit(Case("decode, batch 16", 16, 1, 0), short) == ""
 
 
 def test_a_long_prompt_is_cut_as_the_scheduler_cuts_it() -> None:
@@ -112,7 +139,64 @@ def test_operations_of_a_shape() -> None:
 def test_an_unknown_peer_is_refused() -> None:
     assert list_peers() == ["llama-cpp", "openvino"]
     with pytest.raises(InvalidSetting, match=r"peer=ollama: there is no such peer\n  hint: give llama-cpp, openvino"):
-        load_peer("ollama", {}, Path("."), 2)
+        find_peer("ollama", {}, [])
+
+
+def test_a_peer_that_is_absent_or_broken_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(InvalidSetting) as caught:
+        find_peer("openvino", {}, [])
+    assert str(caught.value) == (
+        "peer=openvino: the package openvino is not installed\n  hint: MLCBUILD_EXTRAS=openvino ./doit list"
+    )
+
+    def describe() -> str:
+        raise OSError("libgomp.so.1: cannot open shared object file")
+
+    monkeypatch.setattr("engine.bench.peers.openvino.describe", describe)
+    with pytest.raises(InvalidSetting) as caught:
+        find_peer("openvino", {}, [])
+    assert str(caught.value) == (
+        "peer=openvino: what is installed does not start: libgomp.so.1: cannot open shared object file\n"
+        "  hint: leave it out, or install openvino anew"
+    )
+
+
+def test_peers_take_turns_in_memory_that_does_not_hold_all() -> None:
+    def load(folder: Path, threads: int) -> FakePeer:
+        return FakePeer([])
+
+    one, other = (Program(name, name, 4 << 30, load) for name in ("one", "other"))
+    assert group_programs([], 1 << 30, 2 << 30) == [[]]
+    assert group_programs([one, other], 2 << 30, 12 << 30) == [[one, other]]
+    assert group_programs([one, other], 2 << 30, 10 << 30) == [[one], [other]]
+    with pytest.raises(DoesNotFit) as caught:
+        group_programs([one, other], 2 << 30, 5 << 30)
+    assert str(caught.value) == (
+        "peer=one: beside this model it needs about 6.0 GiB, 4.0 of them its own, and 4.5 may be taken\n"
+        "  hint: leave it out, give fewer cases= (large batches and long contexts take most), or free memory"
+    )
+    with pytest.raises(DoesNotFit) as caught:
+        group_programs([], 2 << 30, 2 << 30)
+    assert str(caught.value) == (
+        "the model needs about 2.0 GiB of memory, and 1.8 may be taken\n"
+        "  hint: free memory, or take a smaller model or quantization"
+    )
+
+
+def test_scratch_folders_of_the_killed_are_removed(tmp_path: Path) -> None:
+    killed = subprocess.Popen(["sleep", "60"])
+    with make_folder(tmp_path) as mine:
+        left = tmp_path / f".peer-{killed.pid}-x"
+        left.mkdir()
+        with make_folder(tmp_path):
+            assert left.exists()  # its process lives
+        killed.kill()
+        killed.wait()
+        with make_folder(tmp_path):
+            assert not left.exists()
+        assert mine.exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 TINY = {
@@ -132,8 +216,11 @@ TINY = {
 @pytest.mark.parametrize(("name", "module"), [("llama.cpp", "llama_cpp"), ("openvino", "openvino")])
 def test_a_peer_runs_every_case(tmp_path: Path, name: str, module: str) -> None:
     pytest.importorskip(module, reason=f"the extra of {name} is not installed")
-    peer = load_peer(name, TINY, tmp_path, 2)
-    assert peer.version
+    program = find_peer(name, TINY, make_cases(LIMITS))
+    assert program.version.lower().startswith(name)
+    assert 1 << 28 < program.nbytes < 1 << 33
+    peer = program.load(tmp_path, 2)
+    assert list(tmp_path.iterdir()) == []  # a killed process leaves no model file behind
     for case in [*make_cases(LIMITS), Case("decode", 1, 1, 0), Case("decode at 40", 2, 1, 40)]:
         peer.prepare(case)
         peer.run(case)

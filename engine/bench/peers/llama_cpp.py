@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import ctypes
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from engine.errors import InvalidSetting
 
 if TYPE_CHECKING:
     from engine.bench.cases import Case
 
 BLOCK = 32  # weights of a Q4_0 block: a float16 scale and 16 bytes
 BLOCK_BYTES = 18
-CHUNK = 2048  # tokens of one call
+CHUNK = 512  # tokens of one call: its own n_ubatch, and Ctrl-C is heard between calls
+LONG, SHORT = 4096, 256  # positions of a sequence that is alone, and of one of several
+WORKSPACE = 1 << 27  # bytes of a context beside its cache
 
 
 class LlamaCpp:
@@ -32,31 +37,40 @@ class LlamaCpp:
         self._quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)  # kept: the library holds it
         llama_cpp.llama_log_set(self._quiet, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
-        path = folder / "random.gguf"
+        path, needed, free = folder / "random.gguf", count_weight_bytes(config), shutil.disk_usage(folder).free
+        if needed > free:
+            raise InvalidSetting(
+                f"peer=llama.cpp: its model file takes {needed >> 20} MiB, and {folder} has room for {free >> 20}",
+                hint="make room there, or leave llama.cpp out",
+            )
         write_model(config, path)
         self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
+        path.unlink()  # what is mapped stays; nothing is left behind by a process that is killed
         if not self._model:
-            raise RuntimeError(f"llama.cpp cannot load {path}")
+            raise InvalidSetting(
+                f"peer=llama.cpp: it cannot load a {config['model_type']} of this shape", hint="leave llama.cpp out"
+            )
         self._contexts: dict[int, Any] = {}  # by number of sequences
         self._held: dict[int, int] = {}  # tokens of each sequence that its cache starts with
-
-    @property
-    def version(self) -> str:
-        """llama-cpp-python's version."""
-        return f"llama.cpp (llama-cpp-python {self._api.__version__}), Q4_0"
 
     def prepare(self, case: Case) -> None:
         """Run tokens until the cache holds the context."""
         have = min(self._held.get(case.sequences, 0), case.context)
         self._forget(case.sequences, have)
-        for start in range(have, case.context, CHUNK // case.sequences):
-            self._decode(case.sequences, min(CHUNK // case.sequences, case.context - start), start)
+        self._extend(case.sequences, have, case.context)
         self._held[case.sequences] = case.context
 
     def run(self, case: Case) -> None:
         """llama_decode; tokens after the context are forgotten first."""
         self._forget(case.sequences, case.context)
-        self._decode(case.sequences, case.tokens, case.context)
+        end = case.context + case.tokens
+        self._extend(case.sequences, case.context, end)
+        self._held[case.sequences] = end
+
+    def _extend(self, sequences: int, start: int, end: int) -> None:
+        step = CHUNK // sequences
+        for first in range(start, end, step):
+            self._decode(sequences, min(step, end - first), first, wanted=first + step >= end)
 
     def _forget(self, sequences: int, keep: int) -> None:
         memory = self._api.llama_get_memory(self._get_context(sequences))
@@ -72,7 +86,7 @@ class LlamaCpp:
     def _get_context(self, sequences: int) -> Any:
         if sequences not in self._contexts:
             params = self._api.llama_context_default_params()
-            params.n_seq_max, params.n_ctx = sequences, sequences * (4096 if sequences == 1 else 1024)
+            params.n_seq_max, params.n_ctx = sequences, sequences * (LONG if sequences == 1 else SHORT)
             params.n_batch, params.n_threads, params.n_threads_batch = CHUNK, self._threads, self._threads
             context = self._api.llama_init_from_model(self._model, params)
             if not context:
@@ -80,7 +94,8 @@ class LlamaCpp:
             self._contexts[sequences] = context
         return self._contexts[sequences]
 
-    def _decode(self, sequences: int, tokens: int, start: int) -> None:
+    def _decode(self, sequences: int, tokens: int, start: int, *, wanted: bool) -> None:
+        """`wanted`: whether each sequence's last token gets logits."""
         context, n = self._get_context(sequences), sequences * tokens
         batch = self._api.llama_batch_init(n, 0, 1)
         batch.n_tokens = n
@@ -88,7 +103,7 @@ class LlamaCpp:
             row, step = divmod(i, tokens)
             batch.token[i], batch.pos[i] = i % self._vocab, start + step
             batch.n_seq_id[i], batch.seq_id[i][0] = 1, row
-            batch.logits[i] = step == tokens - 1
+            batch.logits[i] = wanted and step == tokens - 1
         status = self._api.llama_decode(context, batch)
         self._api.llama_synchronize(context)
         self._api.llama_batch_free(batch)
@@ -165,6 +180,35 @@ def add_tokenizer(writer: Any, package: Path) -> None:
     writer.add_eos_token_id(vocabulary[settings["eos_token"]])
     writer.add_add_bos_token(False)
     writer.add_chat_template(settings["chat_template"])
+
+
+def describe() -> str:
+    """llama-cpp-python's version."""
+    import gguf  # noqa: F401  # writes the model
+    import llama_cpp
+
+    return f"llama.cpp (llama-cpp-python {llama_cpp.__version__}), Q4_0"
+
+
+def count_bytes(config: Mapping[str, Any], cases: Sequence[Case]) -> int:
+    """The weights, which it packs anew, and for each number of sequences a context of float16 keys and values."""
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    kv_row = (config.get("num_key_value_heads") or heads) * (config.get("head_dim") or hidden // heads)
+    position = config["num_hidden_layers"] * 2 * kv_row * 2
+    sequences = {case.sequences for case in cases}
+    held = sum(n * (LONG if n == 1 else SHORT) for n in sequences)
+    needed: int = count_weight_bytes(config) + held * position + len(sequences) * WORKSPACE
+    return needed
+
+
+def count_weight_bytes(config: Mapping[str, Any]) -> int:
+    """Bytes of all matrices in Q4_0."""
+    hidden, heads, layers = config["hidden_size"], config["num_attention_heads"], config["num_hidden_layers"]
+    kv_heads, d = config.get("num_key_value_heads") or heads, config.get("head_dim") or hidden // heads
+    layer = hidden * d * 2 * (heads + kv_heads) + 3 * hidden * config["intermediate_size"]
+    tables = 1 if config.get("tie_word_embeddings", False) else 2
+    weights: int = layers * layer + tables * hidden * config["vocab_size"]
+    return weights // BLOCK * BLOCK_BYTES
 
 
 def load_peer(config: Mapping[str, Any], folder: Path, threads: int) -> LlamaCpp:

@@ -7,7 +7,7 @@ threads is ours. The operators follow the exports of optimum-intel, so that the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 GROUP = 128
 CHUNK = 512  # tokens of one call while the cache is filled
-FEW = 64  # tokens that a context may have grown by
+WORKSPACE = 1 << 28  # bytes beside all else
+FEW = 32  # tokens that a context may have grown by
 
 
 class OpenVino:
@@ -27,7 +28,6 @@ class OpenVino:
     def __init__(self, config: Mapping[str, Any], folder: Path, threads: int) -> None:
         import openvino
 
-        self._api = openvino
         self._vocab = config["vocab_size"]
         builder = _Builder(config)
         model = builder.build()
@@ -35,11 +35,6 @@ class OpenVino:
         hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
         self._request = openvino.Core().compile_model(model, "CPU", hints).create_infer_request()
         self._held = (0, 0)  # sequences, and tokens of each in the cache
-
-    @property
-    def version(self) -> str:
-        """OpenVINO's version."""
-        return f"OpenVINO {self._api.__version__.split('-')[0]}, int4 in groups of {GROUP}"
 
     def prepare(self, case: Case) -> None:
         """Fill the cache. It cannot be cut back: decode steps add to it, by a few tokens at most."""
@@ -195,6 +190,29 @@ class _Builder:
         ops, hidden, wide = self.ops, self.c["hidden_size"], self.c["intermediate_size"]
         gated = ops.multiply(ops.swish(self.linear(x, wide, hidden)), self.linear(x, wide, hidden))
         return self.linear(gated, hidden, wide)
+
+
+def describe() -> str:
+    """OpenVINO's version."""
+    import openvino
+
+    return f"OpenVINO {openvino.__version__.split('-')[0]}, int4 in groups of {GROUP}"
+
+
+def count_bytes(config: Mapping[str, Any], cases: Sequence[Case]) -> int:
+    """The weights as we hold them and as the plugin packs them; the longest cache, and the widest scores of attention
+    and rows between layers, twice over while they are made anew."""
+    hidden, heads, layers = config["hidden_size"], config["num_attention_heads"], config["num_hidden_layers"]
+    kv_heads, d = config.get("num_key_value_heads") or heads, config.get("head_dim") or hidden // heads
+    layer = hidden * d * 2 * (heads + kv_heads) + 3 * hidden * config["intermediate_size"]
+    tables = 1 if config.get("tie_word_embeddings") else 2
+    weights = (layers * layer + tables * hidden * config["vocab_size"]) // 2
+    longest = max((case.sequences * (case.context + case.tokens) for case in cases), default=0)
+    scores = max((case.new * (case.context + case.tokens) for case in cases), default=0) * heads
+    rows = max((case.new for case in cases), default=0) * config["intermediate_size"]
+    numbers = longest * layers * 2 * kv_heads * d + scores + rows
+    needed: int = 2 * weights + 2 * numbers * 4 + WORKSPACE
+    return needed
 
 
 def load_peer(config: Mapping[str, Any], folder: Path, threads: int) -> OpenVino:

@@ -1,0 +1,94 @@
+"""./doit bench on the embedded model: interrupted, it leaves what it has measured, and the same command goes on."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from engine.errors import InvalidSetting
+from mlcbuild.errors import MlcbuildError
+from tasks.bench import make_wanted, run_bench
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = """
+import sys
+from pathlib import Path
+from tasks.bench import run_bench
+run_bench(Path(sys.argv[1]), dict(word.split("=") for word in sys.argv[2:]))
+"""
+
+
+def start(package: Path, *variables: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", SCRIPT, str(package), *variables]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_an_interrupted_bench_goes_on(tiny_package: Path, tmp_path: Path) -> None:
+    packages, reports = tmp_path / "artifacts/packages", tmp_path / "artifacts/reports"
+    packages.mkdir(parents=True)
+    package = packages / tiny_package.name
+    package.symlink_to(tiny_package)
+    whole, partial = (reports / f"bench-{package.name}{end}" for end in (".json", ".partial.json"))
+    variables = "rounds=9", "cases=decode,prefill-128"
+    with start(package, *variables) as first:
+        until = time.monotonic() + 120
+        while not (partial.exists() and json.loads(partial.read_text())["turns"]):
+            assert first.poll() is None, first.communicate()
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        first.send_signal(signal.SIGINT)
+        said, progress = first.communicate()
+    assert first.returncode == -signal.SIGINT
+    assert said.startswith("PARTIAL: tiny/q4f16_1/")
+    assert said.endswith(f"PARTIAL: what was measured is in artifacts/reports/{partial.name}\n")
+    assert progress.startswith("engine, batch 1, greedy\n")
+    left = json.loads(partial.read_text())
+    assert not left["complete"]
+    assert 0 < len(left["turns"]) < 18
+    assert partial.with_suffix(".txt").read_text().startswith("PARTIAL: tiny/q4f16_1/")
+
+    with start(package, *variables) as second:
+        said, _ = second.communicate()
+    assert second.returncode == 0
+    assert said.startswith(f"goes on from {len(left['turns'])} turns in artifacts/reports/{partial.name}; without it ")
+    assert said.endswith(f"written to artifacts/reports/{whole.name}\n")
+    record = json.loads(whole.read_text())
+    assert record["turns"][: len(left["turns"])] == left["turns"]
+    assert {f["name"]: f["rounds"] for f in record["figures"]} == {"prefill 128": 9, "decode": 9}
+    assert all(f["slowest"] <= f["rate"] <= f["fastest"] for f in record["figures"])
+    assert (record["overheads"], record["start"]) == (left["overheads"], left["start"])
+    assert len(record["overheads"]) == 6
+    assert record["start"]["seconds"] > 0
+    assert record["read_gb_per_s"] > 0
+    assert record["peak_gops"] > 0
+    assert record["kernels"]["embedding"] == 1
+    assert sorted(path.name for path in reports.iterdir()) == [whole.name, whole.with_suffix(".txt").name]
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"cases": "decode-at-200"}, "cases=decode-at-200: there is no case 'decode-at-200'\n  hint: give some of "),
+        ({"minutes": "0"}, "minutes=0 is not a number above 0\n  hint: doit bench minutes=10"),
+        ({"minutes": "soon"}, "minutes=soon is not a number above 0\n  hint: doit bench minutes=10"),
+        ({"rounds": "0"}, "rounds=0 is not a positive number\n  hint: doit bench rounds=5"),
+        ({"rows": "4", "peer": "openvino"}, "peer= means nothing with rows=\n  hint: leave peer= or rows= out"),
+        ({"guesses": "4", "minutes": "1"}, "minutes= means nothing with guesses=\n  hint: leave minutes= or guesses= "),
+        ({"plot": "x.gif"}, "plot=x.gif is no kind of picture\n  hint: plot=x.svg"),
+    ],
+)
+def test_variables_that_mean_nothing_are_refused(variables: dict[str, str], message: str) -> None:
+    with pytest.raises((MlcbuildError, InvalidSetting)) as caught:
+        make_wanted(variables)
+    assert str(caught.value).startswith(message)
+
+
+def test_an_unknown_peer_is_refused_before_anything_is_loaded(tiny_package: Path) -> None:
+    with pytest.raises(InvalidSetting, match="^peer=ollama: there is no such peer\n  hint: give llama-cpp, openvino$"):
+        run_bench(tiny_package, {"peer": "ollama"})
