@@ -24,7 +24,9 @@ from mlcbuild.quantization.layouts.int8_16x64 import SCALE_BYTES, accepts, get_b
 ONE = 127 << 23  # the bits of 1.0
 IN_REGISTERS = (1, 2, 4)  # rows whose sums stay in registers; those of six would not
 FEW = 8  # rows that are done before the next 8-bit weights are here: two tiles at once would be two streams to wait for
-AHEAD = {4: 12, 8: 8}  # blocks asked for in advance by the many-row path, too busy for the hardware prefetcher
+# Blocks asked for in advance. The hardware's prefetcher is good at one stream, and a lone row is one only until its own
+# codes fall out of L1 (4,096 inputs and more); other rows take too long over a block for it.
+AHEAD, AHEAD_OF_ONE = {4: 12, 8: 8}, {4: 8, 8: 2}
 
 
 def make_linear(out_features: int, in_features: int, *, bits: int, bias: bool, residual: bool) -> tirx.PrimFunc:
@@ -93,14 +95,13 @@ def _few_rows(
     codes, scales, corrections = acts
     blocks, size = int(w.shape[1]), get_block_bytes(bits)
     unroll = 2 if most == 1 and blocks % 2 == 0 else 1
-    in_advance = 2 if most == 1 else AHEAD[bits]
+    in_advance = (AHEAD_OF_ONE if most == 1 else AHEAD)[bits]
     sums = [[Accumulator(), Accumulator()] for _ in range(most)]
     with T.serial(blocks // unroll) as step:
         for u in range(unroll):
             block = step * unroll + u
-            if bits == 8 or most > 1:  # a lone row gains nothing by it from 4-bit blocks
-                for line in range(size // 64):
-                    tir.prefetch(T.address_of(w[tile, block, in_advance * size + line * 64]))
+            for line in range(size // 64):
+                tir.prefetch(T.address_of(w[tile, block, in_advance * size + line * 64]))
             for g in range(2):
                 weights = [T.bind(_bytes(w, tile, block, at)) for at in _places(bits, g)]
                 scale = T.bind(_scale(w, tile, block, g))
