@@ -22,6 +22,7 @@ from mlcbuild.compiler.kernels import (
     embedding,
     linear_bf16,
     linear_dot,
+    linear_gated,
     linear_rows16,
     linear_vnni,
     quantize_rows,
@@ -91,14 +92,21 @@ class Linear(nn.Module):
         args = [*self.weights(), *inputs] + ([self.bias] if self.bias is not None else [])
         name, y = f"linear_{rows}x{columns}", _out([n, -(-rows // 16) * 16])
         if residual is None:
-            return op.tensor_ir_op(kernel, name, args, y)
+            made = op.tensor_ir_op(kernel, name, args, y)
+            gates = self.layout == TILES and self.dot is None and self.bias is None and linear_gated.can_gate(rows)
+            return Gateable(made, lambda: self._gated([n, *args])) if gates else made
         return op.tensor_ir_inplace_op(kernel, f"{name}_add", [*args, residual], len(args), y)
+
+    def _gated(self, args: list[Any]) -> list[Tensor]:
+        rows, columns = self.shape
+        kernel = _kernel(linear_gated.make_gated, rows, columns, bits=self.q.bits)
+        return make_codes(kernel, f"linear_{rows}x{columns}_silu_mul_quantize", rows // 2, args[0], args)
 
     def _quantized(self, x: Tensor) -> list[Tensor]:
         if isinstance(x, Coded):
             return x.codes
         kernel = _kernel(quantize_rows.make_quantize_rows, self.shape[1], zero=get_zero(self.q.bits))
-        return make_codes(kernel, "quantize_rows", self.shape[1], [x])
+        return make_codes(kernel, "quantize_rows", self.shape[1], x.shape[0], [x])
 
     def _rounded(self, x: Tensor) -> Tensor:
         width = self.shape[1]
@@ -117,9 +125,17 @@ class Coded(Tensor):
         self.codes = codes
 
 
-def make_codes(kernel: tirx.PrimFunc, name: str, width: int, inputs: list[Any]) -> list[Tensor]:
+class Gateable(Tensor):
+    """A matmul's result, gate and up. `gate` makes the codes of their silu_mul at once; then this one is dropped."""
+
+    def __init__(self, plain: Tensor, gate: Callable[[], list[Tensor]]) -> None:
+        super().__init__(_expr=plain._expr)
+        self.gate = gate
+
+
+def make_codes(kernel: tirx.PrimFunc, name: str, width: int, n: Any, inputs: list[Any]) -> list[Tensor]:
     """Codes, scales and corrections of n rows of `width`, by a kernel that writes them as quantize_rows.py says."""
-    entries = quantize_rows.padded_rows(inputs[0].shape[0]) * quantize_rows.groups(width)
+    entries = quantize_rows.padded_rows(n) * quantize_rows.groups(width)
     out = [_out([entries * 32], "int8"), _out([entries]), _out([entries], "int32")]
     return list(op.tensor_ir_op(kernel, f"{name}_{width}", inputs, out))
 
@@ -154,7 +170,7 @@ class RMSNorm(nn.Module):
         if self.zero is None:
             return y
         fused = _kernel(quantize_rows.make_rms_norm_quantize, self.hidden_size, self.eps, zero=self.zero)
-        return Coded(y, make_codes(fused, "rms_norm_quantize", self.hidden_size, [x, self.weight]))
+        return Coded(y, make_codes(fused, "rms_norm_quantize", self.hidden_size, x.shape[0], [x, self.weight]))
 
 
 class TensorCache:
@@ -181,7 +197,7 @@ class TensorCache:
         if self.zero is None:
             return y
         fused = _kernel(attention.make_attention, self.heads, zero=self.zero)
-        return Coded(y, make_codes(fused, "attention_quantize", width, inputs))
+        return Coded(y, make_codes(fused, "attention_quantize", width, qkv.shape[0], inputs))
 
 
 class CpuProgram(nn.Module):
@@ -308,8 +324,10 @@ class CpuLowering:
         y = op.tensor_ir_op(_kernel(elementwise.make_silu_mul, width), "silu_mul", [gate_up], _out([n, width]))
         if self.zero is None:
             return y
+        if isinstance(gate_up, Gateable):
+            return Coded(y, gate_up.gate())
         fused = _kernel(quantize_rows.make_silu_mul_quantize, width, zero=self.zero)
-        return Coded(y, make_codes(fused, "silu_mul_quantize", width, [gate_up]))
+        return Coded(y, make_codes(fused, "silu_mul_quantize", width, n, [gate_up]))
 
     def export(self, model: nn.Module, shape: AttentionShape, sizes: tuple[int, int], limits: Limits) -> Program:
         """See lowering.Lowering; raises CompileError for a shape that the kernels cannot hold."""

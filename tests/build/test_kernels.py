@@ -12,6 +12,7 @@ from mlcbuild.compiler.kernels import (
     elementwise,
     embedding,
     linear_dot,
+    linear_gated,
     linear_rows16,
     linear_vnni,
     quantize_rows,
@@ -203,6 +204,29 @@ def test_fused_quantization_equals_its_parts(rng, width):
         fused_gated(x, *got)
         for a, b in zip(wanted, got, strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+@needs_vnni
+@pytest.mark.parametrize("width", [32, 96, 512])
+@pytest.mark.parametrize("q", BYTES, ids=lambda q: q.name)
+def test_gated_matmul_equals_its_parts(rng, q, width):
+    """Gate, up, silu and quantization in one kernel give the codes of the three, to the last bit."""
+    inner, zero = 160, get_zero(q.bits)
+    packed, _ = make_weights(rng, q, "int8-16x64", (2 * width, inner))
+    quantizer = build(quantize_rows.make_quantize_rows(inner, zero=zero))
+    linear = build(linear_vnni.make_linear(2 * width, inner, bits=q.bits, bias=False, residual=False))
+    gated = build(quantize_rows.make_silu_mul_quantize(width, zero=zero))
+    fused = build(linear_gated.make_gated(2 * width, inner, bits=q.bits))
+    for n in ROWS:
+        acts, y = codes_for(n, inner), np.zeros((n, 2 * width), np.float32)
+        wanted, got = codes_for(n, width), codes_for(n, width)
+        quantizer(rng.normal(size=(n, inner)).astype(np.float32), *acts)
+        linear(*packed, *acts, y)
+        gated(y, *wanted)
+        fused(n, *packed, *acts, *got)
+        assert wanted[0].any()
+        for a, b in zip(wanted, got, strict=True):
+            np.testing.assert_array_equal(a, b, err_msg=f"{n} rows")
 
 
 def test_quantize_rows_of_zeros():

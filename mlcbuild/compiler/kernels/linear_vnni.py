@@ -46,26 +46,34 @@ def make_linear(out_features: int, in_features: int, *, bits: int, bias: bool, r
 
         store = tir.make_store(y, b, residual)
 
-        def emit(t: Expr, most: int, *more: int) -> None:
-            """Paths for at most so many rows, and for more."""
-            with T.If(n <= most):
-                with T.Then(), T.serial(pair) as r:
-                    if most in IN_REGISTERS:
-                        _few_rows(w, bits, acts, n, most, t * pair + r, store)
-                    else:
-                        _many_rows(w, bits, acts, y, t * pair + r, 1, blocks, store)
-                with T.Else():
-                    if more:
-                        emit(t, *more)
-                    else:
-                        _many_rows(w, bits, acts, y, t, pair, blocks, store)
+        def few(most: int) -> None:
+            with T.serial(pair) as r:
+                few_rows(w, bits, acts, n, most, t * pair + r, store)
+
+        def many(at_once: int) -> None:
+            with T.serial(pair // at_once) as r:
+                first = t * pair + r * at_once
+                _many_rows(w, bits, acts, y, [first + i for i in range(at_once)], store)
 
         with tir.root():
             tir.begin()
             with T.parallel(tiles // pair) as t:
-                emit(t, *IN_REGISTERS, *([FEW] if bits == 8 else []))
+                choose_path(n, bits, few, lambda both: many(pair if both else 1))
 
     return tir.make_prim_func(body)
+
+
+def choose_path(n: Expr, bits: int, few: Callable[[int], None], many: Callable[[bool], None]) -> None:
+    """Emit a path for each number of rows: few(most), or many(whether two tiles are worked on at once)."""
+
+    def emit(most: int, *more: int) -> None:
+        with T.If(n <= most):
+            with T.Then():
+                few(most) if most in IN_REGISTERS else many(False)
+            with T.Else():
+                emit(*more) if more else many(True)
+
+    emit(*IN_REGISTERS, *([FEW] if bits == 8 else []))
 
 
 def _dot(acc: Expr, unsigned: Expr, signed: Expr) -> Expr:
@@ -88,7 +96,7 @@ def _scale(w: Expr, tile: Expr, block: Expr, group: int) -> Expr:
     return tir.maximum(scales, f32(LEAST_SCALE))
 
 
-def _few_rows(
+def few_rows(
     w: Expr, bits: int, acts: tuple[Expr, Expr, Expr], n: Expr, most: int, tile: Expr, store: Callable[..., None]
 ) -> None:
     """One, two or four rows; the last of four may be padding."""
@@ -149,50 +157,64 @@ def _unpack(w: Expr, bits: int, tile: Expr, block: Expr, group: int) -> list[Exp
 
 
 def _many_rows(
-    w: Expr,
-    bits: int,
-    acts: tuple[Expr, Expr, Expr],
-    y: Expr,
-    t: Expr,
-    pair: int,
-    blocks: int,
-    store: Callable[..., None],
+    w: Expr, bits: int, acts: tuple[Expr, Expr, Expr], y: Expr, tiles: list[Expr], store: Callable[..., None]
 ) -> None:
-    lines, in_advance = get_block_bytes(bits) // 64, AHEAD[bits]
-    n = y.shape[0]
+    """Any number of rows against one tile, or two neighbours."""
+    n, pair = y.shape[0], len(tiles)
     rows = T.bind(block_rows(n))
     sums = tir.scratch(MAX_BLOCK * pair * 2 * 16)
     with T.serial((n + rows - 1) // rows) as block_of_rows:
         with T.serial(rows) as m:
-            for i in range(pair * 2):
-                put(sums, (m * (pair * 2) + i) * 16, f32(0))
             # rows of y lie far apart: their lines are fetched while the sums are made
-            for r in range(pair):
-                tir.prefetch(T.address_of(y[block_of_rows * rows + m, (t * pair + r) * 16]), write=True)
-        with T.serial(blocks) as block:
-            # behind the end of a tile lies its neighbour, which this thread has read beside it: skip it
-            skipped = T.Select(block + in_advance >= blocks, (pair - 1) * blocks, 0)
-            ahead = T.bind((in_advance + skipped) * (lines * 64))
-            for g in range(2):
-                weights = []
-                for r in range(pair):
-                    tile = t * pair + r
-                    for line in range(g, lines, 2):
-                        tir.prefetch(T.address_of(w[tile, block, ahead + line * 64]))
-                    exponents = T.reinterpret(I32, _scale(w, tile, block, g)) - spread(T.int32(ONE))
-                    weights.append((T.bind(exponents), _unpack(w, bits, tile, block, g)))
-                first = T.bind((block_of_rows * (2 * blocks) + block * 2 + g) * rows)
-                with T.serial(rows // 2) as two:
-                    # two rows are one line: those of the next groups come from L2 or beyond
-                    tir.prefetch(T.address_of(acts[0][(first + two * 2 + MAX_BLOCK) * GROUP]))
-                    for u in range(2):
-                        _accumulate_row(acts, weights, first, two * 2 + u, g, sums)
+            for tile in tiles:
+                tir.prefetch(T.address_of(y[block_of_rows * rows + m, tile * 16]), write=True)
+        # behind the end of a tile lies its neighbour, which this thread has read beside it: skip it
+        add_products(w, bits, acts, block_of_rows, rows, tiles, pair - 1, sums)
         with T.serial(rows) as m:
             row = T.bind(block_of_rows * rows + m)
             with T.If(row < n), T.Then():
-                for r in range(pair):
-                    at = (m * pair + r) * 32
-                    store(row, t * pair + r, vec(sums, at) + vec(sums, at + 16))
+                for r, tile in enumerate(tiles):
+                    store(row, tile, get_total(sums, m * pair + r))
+
+
+def get_total(sums: Expr, i: Expr) -> Expr:
+    """Of even and odd groups: float32 [16]."""
+    return vec(sums, i * 32) + vec(sums, i * 32 + 16)
+
+
+def add_products(
+    w: Expr,
+    bits: int,
+    acts: tuple[Expr, Expr, Expr],
+    block_of_rows: Expr,
+    rows: Expr,
+    tiles: list[Expr],
+    skipped: int,
+    sums: Expr,
+) -> None:
+    """A block of rows against one or two tiles: sums f32 [rows, tiles, 2, 16], of even and of odd groups.
+
+    `skipped`: tiles between the end of each one and what is read after it.
+    """
+    blocks, lines, in_advance = int(w.shape[1]), get_block_bytes(bits) // 64, AHEAD[bits]
+    with T.serial(rows * (len(tiles) * 2)) as i:
+        put(sums, i * 16, f32(0))
+    with T.serial(blocks) as block:
+        beyond = T.Select(block + in_advance >= blocks, skipped * blocks, 0)
+        ahead = T.bind((in_advance + beyond) * (lines * 64))
+        for g in range(2):
+            weights = []
+            for tile in tiles:
+                for line in range(g, lines, 2):
+                    tir.prefetch(T.address_of(w[tile, block, ahead + line * 64]))
+                exponents = T.reinterpret(I32, _scale(w, tile, block, g)) - spread(T.int32(ONE))
+                weights.append((T.bind(exponents), _unpack(w, bits, tile, block, g)))
+            first = T.bind((block_of_rows * (2 * blocks) + block * 2 + g) * rows)
+            with T.serial(rows // 2) as two:
+                # two rows are one line: those of the next groups come from L2 or beyond
+                tir.prefetch(T.address_of(acts[0][(first + two * 2 + MAX_BLOCK) * GROUP]))
+                for u in range(2):
+                    _accumulate_row(acts, weights, first, two * 2 + u, g, sums)
 
 
 def _accumulate_row(

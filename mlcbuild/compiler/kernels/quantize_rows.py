@@ -52,11 +52,12 @@ def find_entry(m: Expr, block: Expr, per_row: int) -> Expr:
     return T.bind(whole * (per_row * block) + (m - whole * block))
 
 
-def code_args(in_features: int) -> tuple[Expr, Expr, Expr]:
+def code_args(in_features: int, prefix: str = "") -> tuple[Expr, Expr, Expr]:
     """The three buffers of quantized activations: codes int8, scales float32, corrections int32 (flat)."""
-    codes = tir.arg("codes", (tir.size("codes_size"),), "int8")
-    scales = tir.arg("scales", (tir.size("scales_size"),), "float32")
-    corrections = tir.arg("corrections", (tir.size("corrections_size"),), "int32")
+    dtypes = {"codes": "int8", "scales": "float32", "corrections": "int32"}
+    codes, scales, corrections = (
+        tir.arg(f"{prefix}{name}", (tir.size(f"{prefix}{name}_size"),), dtype) for name, dtype in dtypes.items()
+    )
     return codes, scales, corrections
 
 

@@ -1,0 +1,116 @@
+"""The matmul of gate and up with silu(gate) * up behind it, straight to the int8 codes that the next matmul reads.
+
+The products of linear_vnni.py, and of them the codes of quantize_rows.make_silu_mul_quantize, to the last bit; but the
+products, six times the bytes of the codes, never leave the first-level cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
+
+from mlcbuild.compiler.kernels import tir
+from mlcbuild.compiler.kernels.benchmark import Benchmark, Setting
+from mlcbuild.compiler.kernels.elementwise import silu
+from mlcbuild.compiler.kernels.linear_vnni import add_products, choose_path, few_rows, get_total
+from mlcbuild.compiler.kernels.quantize_rows import (
+    GROUP,
+    MAX_BLOCK,
+    block_rows,
+    code_args,
+    code_sizes,
+    groups,
+    store_group,
+)
+from mlcbuild.compiler.kernels.tir import Expr, f32, put, vec
+from mlcbuild.quantization.group import get_zero
+from mlcbuild.quantization.layouts.int8_16x64 import accepts, get_block_bytes
+
+
+def can_gate(out_features: int) -> bool:
+    """Whether gate and up are whole groups each."""
+    return out_features % (2 * GROUP) == 0
+
+
+def make_gated(out_features: int, in_features: int, *, bits: int) -> tirx.PrimFunc:
+    """PrimFunc (n int64, tiles uint8, codes, scales, corrections, and those of the result, named `gated_*`).
+
+    The first half of the outputs is the gate. Codes of n rows are read, and n rows of out_features / 2 codes written.
+    """
+    width, blocks = out_features // 2, -(-in_features // 64)
+    half, whole, per_row = width // 16, width // GROUP, groups(width)
+    # For few rows weights come in long runs, first of gate, then of up: where one ends, reading starts anew
+    runs = max(c for c in range(1, 17) if whole % c == 0)
+
+    def body() -> None:
+        n = T.arg("n", T.int64())
+        w = tir.arg("tiles", (2 * half, blocks, get_block_bytes(bits)), "uint8")
+        acts, results = code_args(in_features), code_args(width, "gated_")
+
+        def quantize(products: Expr, i: Expr, group: Expr, entry: Expr, rows: Expr) -> None:
+            """Products i f32 [gate or up, 32] are a group of the results, of `rows` to a block, and its entry."""
+            gate, up = ([vec(products, i * 64 + part + at) for at in (0, 16)] for part in (0, 32))
+            gated = [T.bind(silu(g) * u) for g, u in zip(gate, up, strict=True)]
+            store_group(gated, entry, *results, get_zero(bits))
+            if whole < per_row:  # padding of the row to 64
+                with T.If(group == whole - 1), T.Then():
+                    store_group([f32(0), f32(0)], entry + rows, *results, get_zero(bits))
+
+        def few(most: int) -> None:
+            count = whole // runs
+            with T.parallel(runs) as run:
+                products = tir.scratch(count * most * 64)
+                with T.serial(2) as part, T.serial(2 * count) as i:
+                    place = T.bind(T.truncdiv(i, 2) * (most * 64) + part * 32 + T.truncmod(i, 2) * 16)
+
+                    def keep(m: Expr, _tile: Expr, value: Expr) -> None:
+                        put(products, place + m * 64, value)
+
+                    few_rows(w, bits, acts, n, most, part * half + run * (2 * count) + i, keep)
+                with T.serial(count) as i:
+                    group = T.bind(run * count + i)
+                    for m in range(most):
+                        with T.If(T.int64(m) < n), T.Then():
+                            quantize(products, i * most + m, group, T.bind(group * most + m), T.int64(most))
+
+        def many(both: bool) -> None:
+            rows = T.bind(block_rows(n))
+            with T.parallel(whole) as group:
+                sums, products = tir.scratch(MAX_BLOCK * 2 * 2 * 16), tir.scratch(MAX_BLOCK * 64)
+                with T.serial((n + rows - 1) // rows) as block_of_rows:
+                    with T.serial(2) as r:
+                        for parts in [[0, 1]] if both else [[0], [1]]:
+                            tiles = [part * half + group * 2 + r for part in parts]
+                            add_products(w, bits, acts, block_of_rows, rows, tiles, 0, sums)
+                            with T.serial(rows) as m:
+                                for i, part in enumerate(parts):
+                                    total = get_total(sums, m * len(parts) + i)
+                                    put(products, m * 64 + part * 32 + r * 16, total)
+                    first = T.bind((block_of_rows * per_row + group) * rows)
+                    with T.serial(T.min(rows, n - block_of_rows * rows)) as m:
+                        quantize(products, m, group, T.bind(first + m), rows)
+
+        with tir.root():
+            tir.begin()
+            choose_path(n, bits, few, many)
+
+    return tir.make_prim_func(body)
+
+
+def list_benchmarks(s: Setting) -> Iterator[Benchmark]:
+    """Gate and up, for targets with AVX-512 VNNI."""
+    if "avx512_vnni" in s.requires and accepts(s.quantization):
+        kernel = make_gated(2 * s.wide, s.hidden, bits=s.quantization.bits)
+        for n in s.rows:
+            results = {f"gated_{name}": size for name, size in code_sizes(n, s.wide).items()}
+            yield Benchmark(
+                f"gate_up, {n} rows",
+                kernel,
+                {**code_sizes(n, s.hidden), **results},
+                ("tiles",),
+                {"n": n},
+                operations=4 * n * s.wide * s.hidden,
+                unit="int8",
+            )
