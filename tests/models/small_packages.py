@@ -36,6 +36,17 @@ def list_runnable_targets() -> list[str]:
     return [t.name for t in sorted(found, key=lambda t: t.rank) if features.issuperset(t.requires)]
 
 
+def list_targets_with_all_libraries() -> list[str]:
+    """Of the runnable targets those that others' packages do not hold as a level, or as the library for the rest."""
+    targets = [get_recipes().targets[name] for name in list_runnable_targets()]
+
+    def holds(whole: Target, one: Target) -> bool:
+        same = (one.tvm, one.layouts, one.requires) == (whole.tvm, whole.layouts, whole.requires)
+        return one != whole and (one.name in whole.levels or (same and bool(whole.levels)))
+
+    return [one.name for one in targets if not any(holds(whole, one) for whole in targets)]
+
+
 def build_package(folder: Path, case: str, quantization: str, target: str) -> Package:
     """The package of a case of reference_cases.py, through the real convert, compile and package code."""
     from mlcbuild.compiler.build import build_library

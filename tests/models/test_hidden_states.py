@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from reference_cases import CASES, make_tokens, run_transformers
-from small_packages import ROOT, Dequantized, be_quiet, build_package, get_recipes, list_runnable_targets
+from small_packages import ROOT, Dequantized, be_quiet, get_recipes, list_runnable_targets
 
+from engine.artifact import Package
 from engine.core import Batch, Pooling
 from mlcbuild.quality.references import llama
 
 ERROR = 1e-4
-TARGETS = list_runnable_targets()
+BEST = list_runnable_targets()[-1]
+Build = Callable[[str, str, str], Package]
 
 
 @pytest.fixture(autouse=True)
@@ -56,11 +59,11 @@ def compute(case: str, source: Path, quantization: str | None = None) -> NDArray
 
 
 @pytest.mark.parametrize("case", ["llama-tied-llama3-rope", "qwen2-untied"])
-def test_float_states_are_those_of_transformers(case: str, tmp_path: Path) -> None:
-    package = build_package(tmp_path, case, "q0f32", TARGETS[-1])
+def test_float_states_are_those_of_transformers(case: str, get_package: Build) -> None:
+    package = get_package(case, "q0f32", BEST)
     tokens = make_tokens(CASES[case])
     found = run_hidden(package, tokens)
-    assert np.abs(found - compute(case, tmp_path / "source")).max() < ERROR
+    assert np.abs(found - compute(case, package.root.parent / "source")).max() < ERROR
     try:
         import torch  # noqa: F401
         import transformers  # noqa: F401
@@ -69,10 +72,10 @@ def test_float_states_are_those_of_transformers(case: str, tmp_path: Path) -> No
     assert np.abs(found - run_transformers(case)[1]).max() < ERROR
 
 
-def test_four_bit_states_are_those_of_the_rounded_weights(tmp_path: Path) -> None:
+def test_four_bit_states_are_those_of_the_rounded_weights(get_package: Build) -> None:
     case = "llama-untied"
-    package = build_package(tmp_path, case, "q4f32_1", TARGETS[-1])
-    wanted = compute(case, tmp_path / "source", "q4f32_1")
+    package = get_package(case, "q4f32_1", BEST)
+    wanted = compute(case, package.root.parent / "source", "q4f32_1")
     assert np.abs(run_hidden(package, make_tokens(CASES[case])) - wanted).max() < 10 * ERROR
 
 

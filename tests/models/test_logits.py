@@ -6,6 +6,7 @@ reference over the dequantized weights. Tokens go in as a chunk, as a second chu
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from reference_cases import CASES, LENGTH, compute_with_transformers, load_recorded, make_tokens
-from small_packages import Dequantized, be_quiet, build_package, get_recipes, list_runnable_targets
+from small_packages import (
+    Dequantized,
+    be_quiet,
+    get_recipes,
+    list_runnable_targets,
+    list_targets_with_all_libraries,
+)
 
+from engine.artifact import Package
 from engine.core import Batch
 from mlcbuild.models import known_families
 from mlcbuild.quality.measure import compute_divergence, log_softmax
@@ -24,7 +32,8 @@ from mlcbuild.quality.references import get_reference
 FLOAT_ERROR = 1e-4
 FOUR_BIT_ERROR = 1e-3
 STEPS = ((0, 19), (19, 31), (31, 32), (32, 33), (33, 34))  # (start, stop) of each call
-TARGETS = list_runnable_targets()
+BEST, WHOLE = list_runnable_targets()[-1], list_targets_with_all_libraries()
+Build = Callable[[str, str, str], Package]
 
 
 def run_in_steps(executor: Any, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
@@ -73,8 +82,8 @@ def check_logits(package: Any, tokens: NDArray[np.int32], wanted: NDArray[np.flo
             steps, together = run_in_steps(executor, tokens), run_two_at_once(executor, tokens)
         finally:
             executor.close()
-        assert np.abs(steps[1:] - wanted[1:]).max() < most
-        assert np.abs(together - wanted).max() < most
+        assert np.abs(steps[1:] - wanted[1:]).max() < most, library.name
+        assert np.abs(together - wanted).max() < most, library.name
 
 
 def compute_dequantized(case: str, quantization: str, source: Path) -> NDArray[np.float32]:
@@ -96,8 +105,8 @@ def test_every_family_has_cases() -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_float_logits_equal_transformers(case: str, tmp_path: Path) -> None:
-    package = build_package(tmp_path, case, "q0f32", TARGETS[-1])
+def test_float_logits_equal_transformers(case: str, get_package: Build) -> None:
+    package = get_package(case, "q0f32", BEST)
     tokens = make_tokens(CASES[case])
     assert len(tokens) == LENGTH == STEPS[-1][1]
     check_logits(package, tokens, load_recorded(case), FLOAT_ERROR)
@@ -110,18 +119,26 @@ def test_float_logits_equal_transformers(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_four_bit_logits_equal_dequantized_weights(case: str, tmp_path: Path) -> None:
-    package = build_package(tmp_path, case, "q4f32_1", TARGETS[-1])
-    wanted = compute_dequantized(case, "q4f32_1", tmp_path / "source")
+def test_four_bit_logits_equal_dequantized_weights(case: str, get_package: Build) -> None:
+    package = get_package(case, "q4f32_1", BEST)
+    wanted = compute_dequantized(case, "q4f32_1", package.root.parent / "source")
     assert np.abs(wanted - load_recorded(case)).max() > 0.05  # quantization is not nothing
     check_logits(package, make_tokens(CASES[case]), wanted, FOUR_BIT_ERROR)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_every_target_of_this_machine(target: str, tmp_path: Path) -> None:
+def test_every_target_of_this_machine_is_in_a_package() -> None:
+    targets = get_recipes().targets
+    held = [targets[name].tvm for whole in WHOLE for name in [whole, *targets[whole].levels]]
+    assert [name for name in list_runnable_targets() if targets[name].tvm not in held] == []
+
+
+@pytest.mark.parametrize("target", WHOLE)
+def test_every_target_of_this_machine(target: str, get_package: Build) -> None:
     case = "qwen2-untied"
-    package = build_package(tmp_path, case, "q4f32_1", target)
-    wanted = compute_dequantized(case, "q4f32_1", tmp_path / "source")
+    package = get_package(case, "q4f32_1", target)
+    levels = set(get_recipes().targets[target].levels).intersection(list_runnable_targets())
+    assert len(package.libraries) == 1 + len(levels)
+    wanted = compute_dequantized(case, "q4f32_1", package.root.parent / "source")
     check_logits(package, make_tokens(CASES[case]), wanted, FOUR_BIT_ERROR)
 
 
@@ -136,17 +153,18 @@ QUANTIZED = {
 
 
 @pytest.mark.parametrize(("quantization", "most"), QUANTIZED.items())
-@pytest.mark.parametrize("target", TARGETS)
-def test_half_precision_and_int8_stay_close(quantization: str, most: float, target: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", WHOLE)
+def test_half_precision_and_int8_stay_close(quantization: str, most: float, target: str, get_package: Build) -> None:
     """`most`: nats per token against the weights as stored; what is left is rounding of inputs, keys and values."""
     from engine.runtime.tvm_executor import TvmExecutor
 
     case = "llama-tied-llama3-rope"
-    package = build_package(tmp_path, case, quantization, target)
-    executor = TvmExecutor(package)
-    try:
-        found = run_in_steps(executor, make_tokens(CASES[case]))[1:]
-    finally:
-        executor.close()
-    wanted = compute_dequantized(case, quantization, tmp_path / "source")[1:]
-    assert compute_divergence(log_softmax(wanted), log_softmax(found)).kl < most
+    package = get_package(case, quantization, target)
+    wanted = compute_dequantized(case, quantization, package.root.parent / "source")[1:]
+    for library in package.libraries:
+        executor = TvmExecutor(replace(package, libraries=(library,)))
+        try:
+            found = run_in_steps(executor, make_tokens(CASES[case]))[1:]
+        finally:
+            executor.close()
+        assert compute_divergence(log_softmax(wanted), log_softmax(found)).kl < most, library.name
