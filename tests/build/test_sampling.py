@@ -10,7 +10,7 @@ from engine.core import Draw, SamplingParams
 from engine.sampling.sampler import pick_at
 from mlcbuild.compiler.kernels.sampling import BLOCK, UNUSABLE, make_pick_tokens
 
-SIZES = [1, 5, 16, 100, 1000, BLOCK, BLOCK + 16, 5003]
+SIZES = [1, 5, 16, 100, BLOCK, BLOCK + 16, 5003, 16 * BLOCK]
 CUTS = [
     {},
     {"temperature": 0.3},
@@ -125,6 +125,21 @@ def test_of_equal_weights_the_first_are_kept():
     assert set(tokens) == {1, 2, 3, 5}
 
 
+@pytest.mark.parametrize("vocab", [1, 16, 255, 256, 300, 5003])
+def test_the_first_of_the_largest_logits(rng, target, vocab):
+    """Exactly as numpy's argmax: also of logits whose weights are rounded to the same, of zeros of both signs."""
+    some = np.array([-1, 0, -0.0, 1, np.nextafter(np.float32(1), 2), -np.inf], np.float32)
+    logits = rng.choice(some, (200, vocab))
+    logits[0] = logits[2, -1] = 2
+    logits[1] = -np.inf
+    logits[1, vocab // 2] = -3e38
+    logits[3] = rng.normal(size=vocab)
+    logits = logits[(logits > -np.inf).any(axis=1)]
+    pick, rows = make_picker(vocab, target), np.arange(len(logits))
+    for draw in (make_draw(0.0, top_k=1), make_draw(0.9, temperature=0.3, top_k=1, top_p=0.1, min_p=1.0)):
+        assert pick(logits, rows, [draw] * len(rows)).tolist() == logits.argmax(axis=1).tolist()
+
+
 def test_forbidden_tokens_are_never_drawn():
     logits = np.full((1, 5000), -np.inf, np.float32)
     logits[0, [17, 4090]] = 1
@@ -144,6 +159,7 @@ def test_unusable_rows_hurt_no_other(rng):
         found = pick(logits, np.arange(8), draws)
         assert found[[1, 4, 6]].tolist() == [UNUSABLE] * 3
         assert found[[0, 2, 3, 5, 7]].tolist() == wanted[[0, 2, 3, 5, 7]].tolist()
+        assert pick(logits, [1, 0], [make_draw(0, top_k=1)] * 2).tolist() == [UNUSABLE, logits[0].argmax()]
         logits[[1, 4, 6]] = 0
     logits[2] = -np.inf
     assert pick(logits, [2, 0], draws[:2])[0] == UNUSABLE

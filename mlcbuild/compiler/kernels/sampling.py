@@ -9,6 +9,7 @@ Sums are of float32, in blocks of BLOCK, so they depend on nothing but the row.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator
 from functools import reduce
 
@@ -20,10 +21,13 @@ from mlcbuild.compiler.kernels import tir
 from mlcbuild.compiler.kernels.benchmark import MOST_SEQUENCES, Benchmark, Setting
 from mlcbuild.compiler.kernels.tir import LANES, Accumulator, Expr, f32, put, spread, vec, vec2
 
-BLOCK = 2048  # weights that are summed together; with fewer LLVM unrolls the whole loop over them, which is slower
-CHAINS = 4  # sums side by side: an addition takes as many cycles
-LEAST, ABOVE = 0x00800000, 0x3F800001  # bits of the least weight that is not rounded to 0, and of what exceeds all
+BLOCK = 256  # weights that are looked at, and summed, together or not at all
+CHAINS = 2  # sums side by side; with more LLVM unrolls the whole loop over a block, which is slower
+# Bits of the least weight that counts, 2^-41 (a vocabulary of these is less than a sum is rounded by), and of what
+# exceeds all
+LEAST, ABOVE = 0x2B000000, 0x3F800001
 DRAW = ("temperature", "top_k", "top_p", "min_p", "uniform")  # columns of `draws`, as in engine.core.Draw
+ROUNDING = 16  # of the last place: what the weight of a smaller logit may be too large by
 UNUSABLE = -1  # instead of a token
 
 Weigh = Callable[[Expr], Expr]  # what sixteen weights add to a sum
@@ -32,9 +36,10 @@ Weigh = Callable[[Expr], Expr]  # what sixteen weights add to a sum
 def make_pick_tokens(vocab: int) -> tirx.PrimFunc:
     """logits f32 [n, vocab up to 16], rows i32 [b], draws f64 [b, 5] -> tokens i32 [b].
 
-    Token i is drawn from row `rows[i]` by `draws[i]`: temperature above 0, top_k (0 = keep all), top_p in (0, 1],
-    min_p, and `uniform` in [0, 1), which says how far along the running sum of what is kept the token lies. It is
-    UNUSABLE where the row holds NaN or +infinity, or nothing above -infinity.
+    Token i is drawn from row `rows[i]` by `draws[i]`: temperature above 0, top_k (0 = keep all, 1 = the first of the
+    largest logits, whatever the rest of the draw), top_p in (0, 1], min_p, and `uniform` in [0, 1), which says how far
+    along the running sum of what is kept the token lies. It is UNUSABLE where the row holds NaN or +infinity, or
+    nothing above -infinity.
     """
     padded = -(-vocab // LANES) * LANES
 
@@ -48,15 +53,16 @@ def make_pick_tokens(vocab: int) -> tirx.PrimFunc:
         def pick(i: Expr) -> None:
             row = _Row(vocab, logits, T.bind(T.cast(rows[i], "int64")))
             draw = {name: T.bind(draws[i, column]) for column, name in enumerate(DRAW)}
-            largest = row.find_largest()
-            bad = row.weigh(largest, T.bind(T.cast(T.float64(math.log2(math.e)) / draw["temperature"], "float32")))
+            largest, bad = row.find_largest()
             usable = tirx.all(bad == 0, largest < T.float32(math.inf), largest > T.float32(-math.inf))
-            with T.If(usable):
-                with T.Then():
-                    row.cut(draw["top_k"], draw["top_p"], draw["min_p"])
-                    T.buffer_store(tokens, row.draw(draw["uniform"]), [i])
-                with T.Else():
-                    T.buffer_store(tokens, T.int32(UNUSABLE), [i])
+            T.buffer_store(tokens, T.int32(UNUSABLE), [i])
+            with T.If(tirx.all(usable, draw["top_k"] == 1)), T.Then():
+                T.buffer_store(tokens, row.find_first(largest), [i])
+            with T.If(tirx.all(usable, draw["top_k"] != 1)), T.Then():
+                scale = T.bind(T.cast(T.float64(math.log2(math.e)) / draw["temperature"], "float32"))
+                row.weigh(largest, scale, draw["top_k"])
+                row.cut(draw["top_k"], draw["top_p"], draw["min_p"])
+                T.buffer_store(tokens, row.draw(draw["uniform"]), [i])
 
         with tir.root():
             tir.begin()
@@ -66,32 +72,90 @@ def make_pick_tokens(vocab: int) -> tirx.PrimFunc:
 
 
 class _Row:
-    """One row of logits, its weights, and the edge, as the bits of a float, that weights are kept from."""
+    """One row of logits, its weights, and the edge, as the bits of a float, that weights are kept from.
+
+    `tops` are the largest of each block. Of a block whose largest weight is below the edge nothing is looked at, as
+    nothing of it is kept: in what a model says nearly all blocks are so.
+    """
 
     def __init__(self, vocab: int, logits: Expr, row: Expr) -> None:
         self.vocab, self.logits, self.row = vocab, logits, row
         self.blocks = -(-vocab // BLOCK)
         self.weights = tir.scratch(self.blocks * BLOCK)
+        self.tops = tir.scratch(-(-self.blocks // LANES) * LANES)
         self.edge = _hold(T.int32(LEAST))
 
-    def find_largest(self) -> Expr:
-        """The largest logit that is a number; -infinity where there is none."""
-        chains = [Accumulator(f32(-math.inf)) for _ in range(CHAINS)]
-        self._for_each_vector(lambda i, _, x: chains[i].set(tir.maximum(x, chains[i].get())))
-        return T.bind(tir.reduce_max(reduce(tir.maximum, (chain.get() for chain in chains))))
-
-    def weigh(self, largest: Expr, scale: Expr) -> Expr:
-        """Make the weights, 2^((logit - largest) scale); how many of the logits are not numbers up to the largest."""
+    def find_largest(self) -> tuple[Expr, Expr]:
+        """The largest logit that is a number, -infinity where there is none; and how many are not numbers."""
+        for at in range(self.blocks // LANES * LANES, -(-self.blocks // LANES) * LANES, LANES):
+            put(self.tops, at, f32(-math.inf))
+        chains = [Accumulator() for _ in range(CHAINS)]
         bad = Accumulator()
 
-        def store(_: int, at: Expr, x: Expr) -> None:
-            put(self.weights, at, tir.exp2((x - spread(largest)) * spread(scale)))
-            bad.set(bad.get() + T.Select(x <= spread(largest), f32(0), f32(1)))
+        def look(i: int, _: Expr, x: Expr) -> None:
+            chains[i].set(tir.maximum(x, chains[i].get()))
+            bad.set(bad.get() + T.Select(x <= f32(math.inf), f32(0), f32(1)))
 
-        self._for_each_vector(store)
+        def look_at_block(k: Expr) -> None:
+            for chain in chains:
+                chain.set(f32(-math.inf))
+            self._for_each_vector(k, look)
+            T.buffer_store(self.tops, tir.reduce_max(reduce(tir.maximum, (chain.get() for chain in chains))), [k])
+
+        self._for_each_block(look_at_block)
+        tops = (T.bind(vec(self.tops, at)) for at in range(0, self.blocks, LANES))
+        return T.bind(tir.reduce_max(reduce(tir.maximum, tops))), T.bind(tir.reduce_sum(bad.get()))
+
+    def find_first(self, largest: Expr) -> Expr:
+        """Where the first of the largest logits is."""
+        block, index = _hold(T.int32(0)), _hold(T.int32(0))
+        with T.While(self.tops[block[0]] < largest):
+            T.buffer_store(block, block[0] + 1, [0])
+        T.buffer_store(index, block[0] * BLOCK, [0])
+        with T.While(self.logits[self.row, index[0]] < largest):
+            T.buffer_store(index, index[0] + 1, [0])
+        return index[0]
+
+    def weigh(self, largest: Expr, scale: Expr, top_k: Expr) -> None:
+        """Make the weights, 2^((logit - largest) scale), but for blocks that have none of the `top_k` largest."""
+
+        def weigh(x: Expr) -> Expr:
+            return tir.exp2((x - spread(largest)) * spread(scale))
+
+        for at in range(0, self.blocks, LANES):
+            put(self.tops, at, weigh(vec(self.tops, at)))
+        least = T.bind(self._find_least(top_k))
         for at in range(-(-self.vocab // LANES) * LANES, self.blocks * BLOCK, LANES):
             put(self.weights, at, f32(0))
-        return T.bind(tir.reduce_sum(bad.get()))
+        chains = [Accumulator() for _ in range(CHAINS)]
+
+        def store(i: int, at: Expr, x: Expr) -> None:
+            weight = T.bind(weigh(x))
+            put(self.weights, at, weight)
+            chains[i].set(T.max(weight, chains[i].get()))
+
+        def weigh_block(k: Expr) -> None:
+            for chain in chains:
+                chain.set(f32(0))
+            with T.If(self.tops[k] >= least), T.Then():
+                self._for_each_vector(k, store)
+            T.buffer_store(self.tops, tir.reduce_max(reduce(tir.maximum, (chain.get() for chain in chains))), [k])
+
+        self._for_each_block(weigh_block)
+
+    def _find_least(self, top_k: Expr) -> Expr:
+        """A weight that the `top_k` largest are not below: as many blocks have such a one. 0 where blocks are fewer."""
+        low, high = _hold(T.int32(0)), _hold(T.int32(ABOVE))
+        known = T.bind(tirx.all(top_k > T.float64(0), top_k <= T.float64(self.blocks)))
+        with T.While(tirx.all(known, high[0] - low[0] > 1)):
+            middle, count = T.bind((low[0] + high[0]) >> 1), Accumulator()
+            for at in range(0, self.blocks, LANES):
+                reached = vec(self.tops, at) >= spread(T.reinterpret("float32", middle))
+                count.set(count.get() + T.Select(reached, f32(1), f32(0)))
+            enough = T.bind(T.cast(tir.reduce_sum(count.get()), "float64") >= top_k)
+            T.buffer_store(low, T.Select(enough, middle, low[0]), [0])
+            T.buffer_store(high, T.Select(enough, high[0], middle), [0])
+        return T.reinterpret("float32", T.max(low[0] - ROUNDING, 0))
 
     def cut(self, top_k: Expr, top_p: Expr, min_p: Expr) -> None:
         """Raise the edge."""
@@ -106,8 +170,13 @@ class _Row:
         """The token at which the running sum of the weights that are kept passes `uniform` of the whole."""
         sums, whole, edge = tir.scratch(self.blocks), _hold(T.float64(0)), T.bind(self._get_edge())
         with T.serial(self.blocks) as k:
+            T.buffer_store(sums, T.float32(0), [k])
+
+        def add(k: Expr) -> None:
             T.buffer_store(sums, tir.reduce_sum(self._sum_block(k, lambda w: w, edge)), [k])
             T.buffer_store(whole, whole[0] + T.cast(sums[k], "float64"), [0])
+
+        self._for_each_kept(edge, add)
         block, rest = _walk(self.blocks, lambda k: sums[k], T.bind(uniform * whole[0]))
 
         def get(i: Expr) -> Expr:
@@ -144,7 +213,8 @@ class _Row:
         left = _hold(T.cast(T.min(most, equal - T.float32(1)), "int32"))
         with T.While(left[0] > 0):
             T.buffer_store(at, at[0] - 1, [0])
-            with T.If(self.weights[at[0]] == edge), T.Then():
+            kept = self.tops[tir.div(at[0], BLOCK)] >= edge
+            with T.If(tirx.all(kept, self.weights[at[0]] == edge)), T.Then():
                 T.buffer_store(self.weights, T.float32(0), [at[0]])
                 T.buffer_store(left, left[0] - 1, [0])
 
@@ -154,8 +224,7 @@ class _Row:
     def _sum(self, weigh: Weigh, edge: Expr) -> Expr:
         """Over all weights that are not below `edge`."""
         total, edge = Accumulator(), T.bind(edge)
-        with T.serial(self.blocks) as k:
-            total.set(total.get() + self._sum_block(k, weigh, edge))
+        self._for_each_kept(edge, lambda k: total.set(total.get() + self._sum_block(k, weigh, edge)))
         return tir.reduce_sum(total.get())
 
     def _sum_block(self, k: Expr, weigh: Weigh, edge: Expr) -> Expr:
@@ -165,16 +234,29 @@ class _Row:
             for i, chain in enumerate(chains):
                 w = T.bind(vec(self.weights, k * BLOCK + (j * CHAINS + i) * LANES))
                 chain.set(chain.get() + T.Select(w >= spread(edge), weigh(w), f32(0)))
-        return T.bind((chains[0].get() + chains[1].get()) + (chains[2].get() + chains[3].get()))
+        return T.bind(reduce(operator.add, (chain.get() for chain in chains)))
 
-    def _for_each_vector(self, emit: Callable[[int, Expr, Expr], None]) -> None:
-        """`emit(i, at, x)` for sixteen logits from `at` on; i counts up to CHAINS. What is no token is -infinity."""
-        step = LANES * CHAINS
-        with T.serial(self.vocab // step) as j:
+    def _for_each_kept(self, edge: Expr, emit: Callable[[Expr], None]) -> None:
+        """`emit(k)` for the blocks in which something is not below `edge`."""
+        with T.serial(self.blocks) as k, T.If(self.tops[k] >= edge), T.Then():
+            emit(k)
+
+    def _for_each_block(self, emit: Callable[[Expr], None]) -> None:
+        """`emit(k)` for each block, that for the last, which may be a short one, apart from the others."""
+        with T.serial(self.vocab // BLOCK) as k:
+            emit(k)
+        if self.vocab % BLOCK:
+            emit(self.vocab // BLOCK)
+
+    def _for_each_vector(self, k: Expr, emit: Callable[[int, Expr, Expr], None]) -> None:
+        """`emit(i, at, x)` for sixteen logits of block k from `at` on; i counts up to CHAINS. What is no token is
+        -infinity."""
+        step, size = LANES * CHAINS, self.vocab % BLOCK if isinstance(k, int) else BLOCK
+        with T.serial(size // step) as j:
             for i in range(CHAINS):
-                at = T.bind(j * step + i * LANES)
+                at = T.bind(k * BLOCK + j * step + i * LANES)
                 emit(i, at, T.bind(vec2(self.logits, self.row, at)))
-        for i, start in enumerate(range(self.vocab // step * step, self.vocab, LANES)):
+        for i, start in enumerate(range(self.vocab - size % step, self.vocab, LANES)):
             seen = T.ramp(T.int32(start), 1, LANES) < spread(T.int32(self.vocab))
             emit(i, start, T.bind(T.Select(seen, vec2(self.logits, self.row, start), f32(-math.inf))))
 
