@@ -33,7 +33,7 @@ class Progress:
         self.generator = make_generator(params)
         self._penalties = Penalties(params, request.prompt_tokens)
         self._constraint = None if params.grammar is None else params.grammar.start()
-        self._stream = TextStream(tokenizer.decode, params.stop)
+        self._stream = TextStream(tokenizer.make_detokenizer(), params.stop)
         self._token_bytes = tokenizer.token_bytes
         self._logprob: TokenLogprob | None = None  # of the token that is about to be accepted
         self._logprobs = LogprobQueue()

@@ -6,6 +6,7 @@ character that the end of the reply has left unfinished. How the tokens came (on
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Callable, Sequence
 
 REPLACEMENT = "\ufffd"
@@ -13,6 +14,21 @@ LONGEST_UNFINISHED = 3  # bytes of a character that still lacks one, hence repla
 SHORT, LONG = 16, 128  # tokens kept as context; tokens after which the context is cut even inside a character
 
 Decode = Callable[[Sequence[int]], str]
+
+
+class ByteDetokenizer:
+    """For tokens that stand for bytes, whatever is around them; `get_bytes` says for which."""
+
+    def __init__(self, get_bytes: Callable[[int], bytes]) -> None:
+        self._get_bytes = get_bytes
+        self._rest = b""  # of a character that is incomplete
+
+    def push(self, token: int) -> str:
+        """As Detokenizer does."""
+        data = self._rest + self._get_bytes(token)
+        text, used = codecs.utf_8_decode(data, "replace")
+        self._rest = data[used:]
+        return text
 
 
 class Detokenizer:
@@ -73,6 +89,8 @@ class StopMatcher:
 
     def push(self, text: str) -> str:
         """What of the text so far can go out now."""
+        if not self._stops:
+            return text
         if self.matched is not None:
             return ""
         text = self._held + text
@@ -103,8 +121,8 @@ class StopMatcher:
 class TextStream:
     """The text of one reply: `push` each token, then `finish` once unless `stopped`."""
 
-    def __init__(self, decode: Decode, stops: Sequence[str] = ()) -> None:
-        self._detokenizer = Detokenizer(decode)
+    def __init__(self, detokenizer: ByteDetokenizer | Detokenizer, stops: Sequence[str] = ()) -> None:
+        self._detokenizer = detokenizer
         self._matcher = StopMatcher(stops)
 
     @property

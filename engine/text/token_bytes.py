@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import tokenizers
 
+KEPT = 1 << 15  # tokens whose bytes are remembered
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class TokenBytes:
-    """Looks tokens up in a tokenizer; made once per tokenizer, usable from several threads at once."""
+    """Looks tokens up in a tokenizer; made once per tokenizer, usable from several threads at once.
+
+    `make_text`: whether a text is the bytes of its tokens, which `get_shown` gives, one after the other; else the
+    tokenizer decodes a token by what is around it.
+    """
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         self._backend = backend
         self._added = {token: added.content.encode() for token, added in backend.get_added_tokens_decoder().items()}
         self._silent = {token for token, added in backend.get_added_tokens_decoder().items() if added.special}
-        self._convert = _choose_conversion(backend)
+        decoders = [] if backend.decoder is None else list(_walk(json.loads(backend.decoder.__getstate__())))
+        self._convert = _choose_conversion(decoders)
+        self.make_text = {decoder["type"] for decoder in decoders} - {"Sequence"} == {"ByteLevel"}
+        self.get_shown = lru_cache(KEPT)(self._get_shown)
 
     def get(self, token: int) -> bytes:
         """The token's bytes; of a special token its name, of a token that the tokenizer does not know nothing."""
@@ -30,15 +39,25 @@ class TokenBytes:
 
     def count_shown(self, token: int) -> int:
         """Bytes that the token adds to a reply's text: special tokens add none."""
-        return 0 if token in self._silent else len(self.get(token))
+        return len(self.get_shown(token))
+
+    def _get_shown(self, token: int) -> bytes:
+        text = None if token in self._silent else self._backend.id_to_token(token)
+        return b"" if text is None else self._convert(text)
 
 
-def _choose_conversion(backend: tokenizers.Tokenizer) -> Callable[[str], bytes]:
+def _choose_conversion(decoders: Sequence[dict[str, Any]]) -> Callable[[str], bytes]:
     """How this tokenizer writes bytes: GPT-2's alphabet, or text with a mark for a space and <0x0A> for a byte."""
-    decoders = [] if backend.decoder is None else list(_walk(json.loads(backend.decoder.__getstate__())))
     if any(decoder["type"] == "ByteLevel" for decoder in decoders):
-        table = make_byte_table()
-        return lambda text: bytes(table[c] for c in text) if all(c in table for c in text) else text.encode()
+        find = make_byte_table().__getitem__
+
+        def convert_all(text: str) -> bytes:
+            try:
+                return bytes(map(find, text))
+            except KeyError:  # a token that was added as it stands
+                return text.encode()
+
+        return convert_all
     fallback = any(decoder["type"] == "ByteFallback" for decoder in decoders)
     marks = [d["replacement"] for d in decoders if d["type"] == "Metaspace"]
     marks += [d["pattern"]["String"] for d in decoders if d["type"] == "Replace" and d["content"] == " "]

@@ -14,6 +14,7 @@ from typing import Any
 import tokenizers
 
 from engine.errors import InvalidRequest, PackageInvalid
+from engine.text.stream import ByteDetokenizer, Detokenizer
 from engine.text.template import ChatTemplate
 from engine.text.token_bytes import TokenBytes
 
@@ -63,6 +64,11 @@ class Tokenizer:
         """Text of `tokens`; bytes that are no UTF-8 become replacement characters."""
         text: str = self._backend.decode(tokens, skip_special_tokens=skip_special_tokens)
         return text
+
+    def make_detokenizer(self) -> ByteDetokenizer | Detokenizer:
+        """What decodes one reply, token by token."""
+        known = self.token_bytes
+        return ByteDetokenizer(known.get_shown) if known.make_text else Detokenizer(self.decode)
 
     def encode_chat(
         self,

@@ -146,19 +146,19 @@ def test_unusable_logits_end_that_request_only(temperature: float, caplog: pytes
 
 def test_text_that_cannot_be_decoded_ends_that_request_only(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine()
-    decode = TOKENIZER.decode
+    push = TOKENIZER.make_detokenizer().push
     engine.add(make_request("bad", "x", temperature=0.0, max_tokens=9, ignore_eos=True))
     engine.add(make_request("good", "y", temperature=0.0, max_tokens=9, ignore_eos=True))
     calls = []
 
-    def fail_at_third(tokens):
-        calls.append(tokens)
+    def fail_at_third(token):
+        calls.append(token)
         if len(calls) == 3:
             raise RuntimeError("boom")
-        return decode(tokens)
+        return push(token)
 
     for progress in engine._requests.values():
-        progress._stream._detokenizer._decode = fail_at_third
+        progress._stream._detokenizer.push = fail_at_third
     outputs = run_all(engine)
     assert sorted(o.finish_reason for o in outputs.values()) == ["error", "length"]
     assert engine.get_stats().free_pages == LIMITS.num_pages

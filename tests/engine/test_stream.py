@@ -2,39 +2,66 @@
 
 from __future__ import annotations
 
+import codecs
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_engines import TOKENIZER
+from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models
 
-from engine.text.stream import LONG, REPLACEMENT, Detokenizer, StopMatcher, TextStream
+from engine.text.stream import LONG, REPLACEMENT, ByteDetokenizer, Detokenizer, StopMatcher, TextStream
+from engine.text.tokenizer import Tokenizer
 
 texts = st.text(st.characters(codec="utf-8", exclude_characters=REPLACEMENT), max_size=60)
+BOTH = [None, TOKENIZER.decode]  # byte by byte, and by a window of tokens
 few = st.text(alphabet="abc", max_size=30)  # stop strings happen
 stops = st.lists(st.text(alphabet="abc", min_size=1, max_size=4), max_size=3)
 
 
-def stream_all(tokens, stop=()):
-    stream = TextStream(TOKENIZER.decode, stop)
+def stream_all(tokens, stop=(), decode=None):
+    detokenizer = TOKENIZER.make_detokenizer() if decode is None else Detokenizer(decode)
+    stream = TextStream(detokenizer, stop)
     pieces = [stream.push(t) for t in tokens]
     return [*pieces, "" if stream.stopped else stream.finish()]
 
 
-@given(texts)
-def test_valid_text_comes_back_in_whole_characters(text: str) -> None:
-    pieces = stream_all(text.encode())
+def test_which_tokenizers_decode_tokens_one_by_one() -> None:
+    assert isinstance(TOKENIZER.make_detokenizer(), ByteDetokenizer)
+    backend = Backend(models.BPE({"a": 0, "▁": 1}, []))
+    for decoder, alone in (
+        (None, False),
+        (decoders.Metaspace(), False),
+        (decoders.Sequence([decoders.ByteLevel()]), True),
+        (decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)]), False),
+    ):
+        backend.decoder = decoder
+        made = Tokenizer(backend, end_tokens=frozenset()).make_detokenizer()
+        assert isinstance(made, ByteDetokenizer) == alone, decoder
+
+
+@pytest.mark.parametrize("decode", BOTH)
+@given(text=texts)
+def test_valid_text_comes_back_in_whole_characters(decode, text: str) -> None:
+    pieces = stream_all(text.encode(), (), decode)
     assert "".join(pieces) == text
     assert all(REPLACEMENT not in piece for piece in pieces)
 
 
-@given(st.binary(max_size=400))
+@pytest.mark.parametrize("decode", BOTH)
+@given(data=st.binary(max_size=400))
 @settings(deadline=None)
-def test_any_bytes_give_what_decoding_at_once_gives(data: bytes) -> None:
-    whole = data.decode("utf-8", "replace")
-    cut = next((n for n in range(4) if not whole[: len(whole) - n].endswith(REPLACEMENT)), 3)
-    assert "".join(stream_all(data)) == whole[: len(whole) - cut]
+def test_any_bytes_give_what_decoding_at_once_gives(decode, data: bytes) -> None:
+    assert TOKENIZER.decode(data) == data.decode("utf-8", "replace")
+    assert "".join(stream_all(data + b".", (), decode)) == data.decode("utf-8", "replace") + "."
+    if decode is None:
+        wanted, _ = codecs.utf_8_decode(data, "replace")
+    else:  # which cannot tell what is unfinished from what is wrong
+        whole = data.decode("utf-8", "replace")
+        cut = next((n for n in range(4) if not whole[: len(whole) - n].endswith(REPLACEMENT)), 3)
+        wanted = whole[: len(whole) - cut]
+    assert "".join(stream_all(data, (), decode)) == wanted
 
 
 @pytest.mark.parametrize("token", [0x80, 256])
@@ -51,10 +78,20 @@ def test_endless_nonsense_does_not_pile_up(token: int) -> None:
     assert max(sizes) <= LONG + 1
 
 
-@given(st.lists(st.integers(0, 257), max_size=300))
+@pytest.mark.parametrize("decode", BOTH)
+@given(tokens=st.lists(st.integers(0, 257), max_size=300))
 @settings(deadline=None)
-def test_special_tokens_have_no_text(tokens: list[int]) -> None:
-    assert "".join(stream_all(tokens)) == "".join(stream_all([t for t in tokens if t < 256]))
+def test_special_tokens_have_no_text(decode, tokens: list[int]) -> None:
+    assert "".join(stream_all(tokens, (), decode)) == "".join(stream_all([t for t in tokens if t < 256], (), decode))
+
+
+def test_tokens_that_were_added_are_text_as_they_stand() -> None:
+    backend = Backend(models.BPE({"a": 0, "Ġ": 1, "é": 2}, []))
+    backend.decoder = decoders.ByteLevel()
+    backend.add_tokens([AddedToken("<｜call｜>", special=False), AddedToken("a b", special=False), AddedToken("Ġx")])
+    tokenizer = Tokenizer(backend, end_tokens=frozenset())
+    for tokens in ([0, 1, 3, 4, 0], [5, 0, 5], [2, 0], [77, 0]):
+        assert "".join(map(tokenizer.make_detokenizer().push, tokens)) == tokenizer.decode(tokens)
 
 
 def test_sentencepiece_spaces_survive_the_window() -> None:
