@@ -54,7 +54,7 @@ class TvmExecutor:
         os.environ.setdefault("TVM_NUM_THREADS", str(count_cores()))  # all read once; TVM alone would take half
         os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", str(SPINS))
         os.environ.setdefault("TVM_BIND_THREADS", "0")  # bound, they leave this process's affinity, and wait for a core
-        from engine.runtime.tvm_runtime import get_wrap, load_library
+        from engine.runtime.tvm_runtime import get_wrap, load_library, make_list
 
         library = package.manifest.library
         if library.kv.kind != "tensor":
@@ -77,7 +77,7 @@ class TvmExecutor:
         self._functions = {name: self._machine[name] for name in names}
         self._logits: Any = None  # of the latest run
         self._weights = _map_weights(package)
-        self._params = [wrap(self._weights[p.name]) for p in library.params]
+        self._params = make_list([wrap(self._weights[p.name]) for p in library.params])
         made = limits or self._make_limits(library, budget, draft)
         self.limits: Limits = replace(made, hidden_size=self._find_hidden_size(), picks_tokens=PICK in self._functions)
         kv = library.kv
@@ -108,7 +108,7 @@ class TvmExecutor:
 
     def pick_tokens(self, draws: Mapping[int, Draw]) -> list[int]:
         """By the library's own function."""
-        rows = self._inputs.put("picked", np.array(list(draws), np.int32))
+        rows = self._inputs.put("picked", np.fromiter(draws, np.int32, len(draws)))
         tokens: Any = self._functions[PICK](
             self._logits, rows, self._inputs.put("draws", np.array(list(draws.values())))
         )
@@ -160,8 +160,8 @@ class TvmExecutor:
 
     def close(self) -> None:
         """Release the weights and pages; the executor cannot be used afterwards."""
-        self._functions, self._params, self._weights = {}, [], {}
-        self._kv = self._pages = self._machine = self._logits = None
+        self._functions, self._weights = {}, {}
+        self._params = self._kv = self._pages = self._machine = self._logits = None
 
     def _make_limits(self, library: Library, budget: Budget | None, draft: Package | None) -> Limits:
         if budget is None:
@@ -211,16 +211,24 @@ class _Inputs:
     def __init__(self, wrap: Callable[[NDArray[Any]], Any]) -> None:
         self._wrap = wrap
         self._held: dict[str, NDArray[Any]] = {}
+        self._latest: dict[str, tuple[NDArray[Any], Any]] = {}  # as an array and as a tensor
 
     def put(self, name: str, values: NDArray[Any]) -> Any:
         """The values as a tensor, until the next of this name."""
+        view, tensor = self._latest.get(name, (None, None))
+        if view is None or view.shape != values.shape:
+            view = self._get_room(name, values)[: values.size].reshape(values.shape)
+            tensor = self._wrap(view)
+            self._latest[name] = view, tensor
+        view[...] = values
+        return tensor
+
+    def _get_room(self, name: str, values: NDArray[Any]) -> NDArray[Any]:
         held = self._held.get(name)
         if held is None or held.size < values.size:
             room = np.empty(2 * values.size + ALIGNMENT, values.dtype)
             held = self._held[name] = room[-room.ctypes.data % ALIGNMENT // room.itemsize :]
-        view = held[: values.size].reshape(values.shape)
-        view[...] = values
-        return self._wrap(view)
+        return held
 
 
 def make_aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:

@@ -10,7 +10,7 @@ import ctypes
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -26,6 +26,11 @@ def load_library(path: Path) -> Any:
     machine = _load_runtime().load_module(str(path))["vm_load_executable"]()
     machine["vm_initialization"](CPU, FIRST, POOLED)
     return machine
+
+
+def make_list(tensors: Sequence[Any]) -> Any:
+    """TVM's own list, for an argument of many calls: one of Python's is made into it in each."""
+    return _load_runtime().Array(tensors)
 
 
 def get_wrap() -> Callable[[Any], Any]:

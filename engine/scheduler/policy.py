@@ -151,9 +151,12 @@ class Scheduler:
         """The chunks of the next batch, single tokens first; empty only when there is nothing to do."""
         self._grow()
         self._make_place()
-        decoding = [s for s in self._running if s.pending == 1]
-        prefilling = [s for s in self._running if s.pending > 1]
-        chunks = [_make_chunk(s, 1) for s in decoding]
+        decoding, prefilling = list[Sequence](), list[Sequence]()
+        for s in self._running:
+            (decoding if s.pending == 1 else prefilling).append(s)
+        chunks = [Chunk(s, s.computed, 1, samples=True) for s in decoding]
+        if not prefilling and not self._waiting:  # nearly always
+            return chunks
         budget, rows = self._limits.prefill_chunk - len(chunks), SCORED_ROWS
         while budget:
             sequence = None
@@ -218,9 +221,12 @@ class Scheduler:
     def _grow(self) -> None:
         """Give every running sequence the pages for its tokens, by rank, preempting the last if it must."""
         for sequence in list(self._running):
-            while sequence.pages and self._missing(sequence) > self.num_free_pages:
+            missing = self._missing(sequence)
+            if missing <= 0:
+                continue
+            while sequence.pages and missing > self.num_free_pages:
                 self._preempt()
-            if sequence.pages and (missing := self._missing(sequence)) > 0:
+            if sequence.pages:  # it has not been preempted itself
                 sequence.pages += self._take(missing, sequence.pages[-1])
 
     def _make_place(self) -> None:
