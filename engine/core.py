@@ -88,7 +88,7 @@ class SamplingParams:
 class Draw(NamedTuple):
     """One draw as an executor makes it: SamplingParams of the same names, and how far along what is kept it lies.
 
-    `temperature` is above 0, `uniform` in [0, 1).
+    `temperature` is above 0, `uniform` in [0, 1). With `top_k` 1 it is the first of the largest logits.
     """
 
     temperature: float

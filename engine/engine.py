@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,7 @@ from engine.errors import DeadlineExceeded, EngineError, InvalidRequest
 from engine.progress import Progress
 from engine.request import get_max_tokens
 from engine.runtime.executor import Executor
-from engine.sampling.sampler import make_draw, pick_token
+from engine.sampling.sampler import LIKELIEST
 from engine.scheduler.pace import Cost
 from engine.scheduler.policy import Chunk, Scheduler
 from engine.speculation import can_extend, make_guesser
@@ -225,20 +225,22 @@ class Engine:
                 outputs.append(self._end(progress, output))
         return outputs
 
-    def _pick(self, rows: Mapping[int, Progress]) -> dict[int, int]:
+    def _pick(self, rows: Iterable[tuple[int, Progress]]) -> dict[int, int]:
         """The next token after rows of the latest logits, where the executor is to pick it."""
         if not self.limits.picks_tokens:
             return {}
-        made = {row: make_draw(progress.request.params, progress.generator) for row, progress in rows.items()}
-        draws = {row: draw for row, draw in made.items() if draw is not None}
+        draws = {row: progress.draw() for row, progress in rows if progress.is_drawn}
+        if len(draws) == 1 and LIKELIEST in draws.values():  # which numpy finds sooner than TVM is called
+            return {}
         return dict(zip(draws, self._executor.pick_tokens(draws), strict=True)) if draws else {}
 
-    def _sample(self, progress: Progress, logits: NDArray[np.float32], picked: int | None) -> int | Exception:
-        """The next token after logits [vocab], or what kept us from it. `picked` by the executor, if it was to."""
+    def _sample(self, progress: Progress, logits: NDArray[np.float32], row: int, picked: int | None) -> int | Exception:
+        """The next token after a row of logits, or what kept us from it. `picked` by the executor, if it was to."""
         try:
             if picked is None or picked < 0:  # then this says why
-                picked = pick_token(progress.constrain(logits), progress.request.params, progress.generator)
-            progress.record(logits, picked)
+                picked = progress.pick(logits[row])
+            if progress.wants_logprobs:
+                progress.record(logits[row], picked)
         except Exception as error:
             return error
         return picked
@@ -258,7 +260,7 @@ class Engine:
                 continue
             last = first + 1 + len(chunk.guesses)
             if progress.wants_tokens:
-                output = self._accept(progress, self._sample(progress, logits[first], picked.get(first)), now)
+                output = self._accept(progress, self._sample(progress, logits, first, picked.get(first)), now)
             else:
                 output = progress.finish_prompt()
             if chunk.guesses:
@@ -267,16 +269,15 @@ class Engine:
             first = last
         return outputs
 
-    def _list_first(self, chunks: Sequence[Chunk]) -> dict[int, Progress]:
+    def _list_first(self, chunks: Sequence[Chunk]) -> Iterator[tuple[int, Progress]]:
         """Rows of logits that are certainly sampled from, and for whom: the first of each chunk."""
-        first, found = 0, {}
+        first = 0
         for chunk in chunks:
             first += chunk.num_scored if chunk.sequence.scored else 0
             progress = self._requests[chunk.sequence.request_id]
             if chunk.samples and progress.wants_tokens:
-                found[first] = progress
+                yield first, progress
             first += 1 + len(chunk.guesses) if chunk.samples else 0
-        return found
 
     def _check_guesses(
         self, progress: Progress, chunk: Chunk, logits: NDArray[np.float32], first: int, output: Output
@@ -292,7 +293,7 @@ class Engine:
                 break
             right += 1
             progress.right += 1
-            token = self._sample(progress, logits[row], self._pick({row: progress}).get(row))
+            token = self._sample(progress, logits, row, self._pick([(row, progress)]).get(row))
             output = join_outputs(output, self._accept(progress, token, now))
         self._guesses += 1
         self._guessed_tokens += len(chunk.guesses)

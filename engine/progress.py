@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.core import FinishReason, Output, Request, SamplingParams, TokenLogprob, Usage
+from engine.core import Draw, FinishReason, Output, Request, SamplingParams, TokenLogprob, Usage
 from engine.errors import EngineError, InvalidRequest
 from engine.pooling import Pool
 from engine.sampling.grammar import Constraint
 from engine.sampling.logprobs import LogprobQueue, make_logprob
 from engine.sampling.penalties import Penalties
-from engine.sampling.sampler import fork_generator, make_generator, pick_token
+from engine.sampling.sampler import Uniforms, is_drawn, make_draw, make_uniforms, pick_token
 from engine.scheduler.policy import Sequence
 from engine.text.stream import TextStream
 from engine.text.tokenizer import Tokenizer
@@ -30,7 +30,8 @@ class Progress:
         self._pool = None if request.pooling is None else Pool(request.pooling)
         if self._pool is not None:
             self.sequence.pooled, self.sequence.whole = True, request.pooling == "mean"
-        self.generator = make_generator(params)
+        self._uniforms = make_uniforms(params)
+        self.is_drawn = is_drawn(params)
         self._penalties = Penalties(params, request.prompt_tokens)
         self._constraint = None if params.grammar is None else params.grammar.start()
         self._stream = TextStream(tokenizer.make_detokenizer(), params.stop)
@@ -46,14 +47,15 @@ class Progress:
         self._count = 0
         self.guessed = 0  # tokens, by whoever guesses
         self.right = 0
-        self._started: float | None = None
-        self._first: float | None = None
-        self._latest: float | None = None
+        self._first: float | None = None  # when the first token came
+        self._queued: float | None = None  # these as in Usage
+        self._ttft: float | None = None
+        self._decoding: float | None = None
 
     @property
     def started(self) -> bool:
         """Some of the prompt has run."""
-        return self._started is not None
+        return self._queued is not None
 
     @property
     def room(self) -> int:
@@ -65,29 +67,39 @@ class Progress:
         """A reply is wanted, not only that the prompt runs."""
         return self._max_tokens > 0
 
+    @property
+    def wants_logprobs(self) -> bool:
+        """Of the tokens of the reply."""
+        return self.request.params.logprobs is not None
+
     def look_ahead(self) -> Outlook:
         """What would pick the next tokens if some model's logits were ours."""
         constraint = None if self._constraint is None else self._constraint.fork()
-        generator = fork_generator(self.generator)
-        return Outlook(self.request.params, self._end_tokens, self._penalties.fork(), constraint, generator)
+        uniforms = self._uniforms.fork()
+        return Outlook(self.request.params, self._end_tokens, self._penalties.fork(), constraint, uniforms)
 
     def start(self, now: float) -> None:
         """The first tokens are about to run."""
-        self._started = now
+        self._queued = now - self.request.arrival
 
-    def constrain(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Logits [vocab] after logit_bias and penalties, without the tokens that the request's grammar forbids here.
+    def draw(self) -> Draw:
+        """How an executor is to pick the next token, where `is_drawn`."""
+        return make_draw(self.request.params, self._uniforms)
 
-        Raises InvalidRequest when the grammar allows none.
+    def pick(self, logits: NDArray[np.float32]) -> int:
+        """The next token after logits [vocab], once logit_bias, penalties and grammar have had their say.
+
+        Raises InvalidRequest when the grammar allows none, ValueError for logits that are no use.
         """
         logits = self._penalties.apply(logits)
-        return logits if self._constraint is None else self._constraint.mask(logits)
+        if self._constraint is not None:
+            logits = self._constraint.mask(logits)
+        return pick_token(logits, self.request.params, self._uniforms)
 
     def record(self, logits: NDArray[np.float32], token: int) -> None:
-        """Keep the log probability of a token under the model's own logits [vocab], if that was asked for."""
-        count = self.request.params.logprobs
-        if count is not None:
-            self._logprob = make_logprob(logits, token, count, self._token_bytes.get)
+        """Keep the log probability of a token under the model's own logits [vocab]."""
+        count = self.request.params.logprobs or 0
+        self._logprob = make_logprob(logits, token, count, self._token_bytes.get)
 
     def score(self, logits: NDArray[np.float32], position: int) -> None:
         """Keep the log probability of the prompt's token after `position`; once, though it may be computed again."""
@@ -106,7 +118,7 @@ class Progress:
         self._pool.add(states, start)
         if not last:
             return None
-        self._first = self._latest = now
+        self._ttft = now - self.request.arrival
         embedding = self._pool.finish()
         return Output(self.request.request_id, "", (), self._make_usage(), "stop", embedding=embedding)
 
@@ -115,8 +127,10 @@ class Progress:
         if self._constraint is not None:
             self._constraint.accept(token)
         self._count += 1
-        self._first = now if self._first is None else self._first
-        self._latest = now
+        if self._first is None:
+            self._first, self._ttft = now, now - self.request.arrival
+        else:
+            self._decoding = now - self._first
         text = ""
         reason: FinishReason | None = None
         if token in self._end_tokens:
@@ -133,10 +147,12 @@ class Progress:
                 reason = "length"
         if reason is not None and not self._stream.stopped:
             text += self._stream.finish()
+        usage = self._make_usage()
+        if self._logprob is None and not self._prompt_logprobs:  # nearly always
+            return Output(self.request.request_id, text, (token,), usage, reason)
         logprobs = self._logprobs.pop(text, last=reason is not None and not self._stream.stopped)
         prompt = tuple(self._prompt_logprobs)
         self._prompt_logprobs.clear()
-        usage = self._make_usage()
         end = self._logprob if token in self._end_tokens else None
         return Output(self.request.request_id, text, (token,), usage, reason, None, logprobs, prompt, end)
 
@@ -152,16 +168,12 @@ class Progress:
         return Output(self.request.request_id, text, (), self._make_usage(), reason, error, logprobs)
 
     def _make_usage(self) -> Usage:
-        def since(start: float | None, end: float | None) -> float | None:
-            return None if start is None or end is None else end - start
-
-        arrival = self.request.arrival
         return Usage(
             prompt_tokens=len(self.request.prompt_tokens),
             completion_tokens=self._count,
-            queued=since(arrival, self._started),
-            ttft=since(arrival, self._first),
-            decoding=since(self._first, self._latest) if self._count > 1 else None,
+            queued=self._queued,
+            ttft=self._ttft,
+            decoding=self._decoding,
             cached_tokens=self.sequence.cached or 0,
             guessed_tokens=self.guessed,
             right_tokens=self.right,
@@ -176,7 +188,7 @@ class Outlook:
     end_tokens: frozenset[int]
     penalties: Penalties
     constraint: Constraint | None
-    generator: np.random.Generator
+    uniforms: Uniforms
 
     def pick(self, logits: NDArray[np.float32]) -> int | None:
         """The next token after logits [vocab]; None where the reply ends or no token can be had of them."""
@@ -186,7 +198,7 @@ class Outlook:
                 if self.constraint.finished:
                     return None
                 logits = self.constraint.mask(logits)
-            token = pick_token(logits, self.params, self.generator)
+            token = pick_token(logits, self.params, self.uniforms)
             if token in self.end_tokens:
                 return None
             self.penalties.accept(token)

@@ -84,7 +84,7 @@ def test_failures_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
         async with AsyncLLM("anything") as llm:
             with pytest.raises(InvalidRequest, match="no room for a reply"):
                 await llm.generate("x" * 200)
-            monkeypatch.setattr("engine.engine.pick_token", fail)
+            monkeypatch.setattr("engine.progress.pick_token", fail)
             with pytest.raises(EngineError, match="this request failed inside the engine"):
                 await llm.generate("x")
 

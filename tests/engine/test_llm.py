@@ -75,7 +75,7 @@ def test_failures_are_raised(monkeypatch: pytest.MonkeyPatch, llm: LLM) -> None:
     def fail(*_: object) -> int:
         raise RuntimeError
 
-    monkeypatch.setattr("engine.engine.pick_token", fail)
+    monkeypatch.setattr("engine.progress.pick_token", fail)
     with pytest.raises(EngineError, match="this request failed inside the engine"):
         llm.generate("x")
 

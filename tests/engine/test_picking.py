@@ -15,7 +15,7 @@ from engine.core import Batch, Draw, Output, SamplingParams
 from engine.engine import Engine
 from engine.runtime.fake import FakeExecutor, make_hash_model
 from engine.runtime.tvm_executor import TvmExecutor
-from engine.sampling.sampler import make_draw, make_generator
+from engine.sampling.sampler import LIKELIEST, is_drawn, make_draw, make_uniforms
 from engine.text.tokenizer import load_tokenizer
 
 PICKS = replace(LIMITS, picks_tokens=True)
@@ -61,29 +61,36 @@ def test_the_fake_picks_what_the_engine_picks(draft_tokens: int) -> None:
     wanted = talk(Watched(), TOKENIZER, WISHES, draft_tokens)
     assert talk(picking, TOKENIZER, WISHES, draft_tokens) == wanted
     assert max(map(len, picking.calls)) > 1
-    assert sum(map(len, picking.calls)) == 4 * 20  # of the eight, whose tokens numpy need not pick
+    assert sum(map(len, picking.calls)) == 5 * 20  # of the eight, whose tokens numpy need not pick
 
 
 def test_one_call_for_a_batch() -> None:
     executor = Watched(PICKS)
     talk(executor, TOKENIZER, [{"prompt_logprobs": 0}] * 3)
     assert executor.calls.count([0, 1, 2]) > 15
+    talk(executor, TOKENIZER, [{"temperature": 0.0}, {}] * 2)
+    assert executor.calls.count([0, 1, 2, 3]) > 10
     executor = Watched(PICKS)
-    talk(executor, TOKENIZER, [{"temperature": 0.0}] * 3)
+    talk(executor, TOKENIZER, [{"frequency_penalty": 0.5}] * 3)
     assert executor.calls == []
 
 
 def test_parameters_alone_say_who_picks() -> None:
-    made = [make_draw(params, make_generator(params)) for params in (SamplingParams(seed=3, **w) for w in WISHES)]
-    uniform = make_generator(SamplingParams(seed=3)).random()
+    wishes = [SamplingParams(seed=3, **wish) for wish in WISHES]
+    made = [make_draw(params, make_uniforms(params)) for params in wishes]
+    uniform = make_uniforms(SamplingParams(seed=3)).random()
     assert made[0] == Draw(1.0, 0, 1.0, 0.0, uniform)
+    assert made[1] == LIKELIEST
     assert made[2] == Draw(0.7, 20, 0.9, 0.0, uniform)
-    assert [draw is None for draw in made] == [False, True, False, False, False, True, True, True]
-    huge = make_draw(SamplingParams(top_k=10**400), make_generator(SamplingParams()))
-    assert huge is not None
-    assert huge.top_k == 2**31
-    for params in ({"top_k": 1}, {"temperature": 1e-9}, {"repetition_penalty": 1.1}, {"presence_penalty": -1.0}):
-        assert make_draw(SamplingParams(**params), make_generator(SamplingParams())) is None
+    assert [is_drawn(params) for params in wishes] == [True] * 5 + [False] * 3
+    assert make_draw(SamplingParams(top_k=10**400), make_uniforms(SamplingParams())).top_k == 2**31
+    uniforms = make_uniforms(SamplingParams(seed=3))
+    for greedy in ({"top_k": 1}, {"temperature": 1e-9}, {"temperature": 0.0, "typical_p": 0.5}):
+        assert is_drawn(SamplingParams(**greedy))
+        assert make_draw(SamplingParams(**greedy), uniforms) == LIKELIEST
+    assert uniforms.random() == uniform  # they have taken none
+    for changed in ({"repetition_penalty": 1.1}, {"presence_penalty": -1.0, "temperature": 0.0}):
+        assert not is_drawn(SamplingParams(**changed))
 
 
 def test_unusable_logits_end_that_request_only(caplog: pytest.LogCaptureFixture) -> None:
@@ -122,13 +129,12 @@ def test_the_package_picks_the_same_whatever_runs_beside(tiny_package: Path) -> 
 def test_tokens_are_those_of_the_latest_logits(tiny_package: Path) -> None:
     """Also after a longer call; and rows that are no use are said to be so."""
     executor = TvmExecutor(open_package(tiny_package))
-    likeliest = Draw(1e-5, 0, 1.0, 0.0, 0.5)
     for count in (3, 40, 1, 5):
         numbers = np.arange(count, dtype=np.int32)
         logits = executor.run(Batch(numbers % 9, numbers, numbers * 0, numbers.reshape(1, -1)[:, :9], numbers))
         best = logits.argmax(axis=1).tolist()
-        assert executor.pick_tokens({row: likeliest for row in range(count)}) == best
-        assert executor.pick_tokens({count - 1: likeliest}) == best[-1:]
+        assert executor.pick_tokens({row: LIKELIEST for row in range(count)}) == best
+        assert executor.pick_tokens({count - 1: LIKELIEST}) == best[-1:]
     logits[2, 1] = float("nan")
-    assert executor.pick_tokens({1: likeliest, 2: likeliest}) == [best[1], -1]
+    assert executor.pick_tokens({1: LIKELIEST, 2: LIKELIEST}) == [best[1], -1]
     executor.close()

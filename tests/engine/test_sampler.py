@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 
 from engine.core import SamplingParams
 from engine.sampling.cuts import cut_min_p, cut_top_k, cut_top_p, cut_typical, find_likeliest
-from engine.sampling.sampler import make_generator, pick_token
+from engine.sampling.sampler import AHEAD, make_uniforms, pick_token
 
 
 def draw(logits: np.ndarray, count: int, **params: object) -> list[int]:
     settings_ = SamplingParams(**params)  # type: ignore[arg-type]
-    generator = make_generator(settings_)
-    return [pick_token(logits, settings_, generator) for _ in range(count)]
+    uniforms = make_uniforms(settings_)
+    return [pick_token(logits, settings_, uniforms) for _ in range(count)]
 
 
 def make_reference(logits: np.ndarray, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, typical_p=1.0) -> np.ndarray:
@@ -166,3 +166,15 @@ def test_seeds() -> None:
     assert draw(logits, 20, seed=5) == draw(logits, 20, seed=5) != draw(logits, 20, seed=6)
     assert draw(logits, 20, seed=-5) == draw(logits, 20, seed=-5)
     assert draw(logits, 20) != draw(logits, 20)
+
+
+def test_numbers_are_those_of_numpy_one_by_one() -> None:
+    """However many are drawn at once, and after a fork on both sides."""
+    generator, uniforms = np.random.default_rng(2**64 - 1), make_uniforms(SamplingParams(seed=-1))
+    for _ in range(AHEAD // 2 + 3):
+        assert uniforms.random() == generator.random()
+    other = uniforms.fork()
+    wanted = [generator.random() for _ in range(2 * AHEAD)]
+    assert [other.random() for _ in wanted] == wanted
+    assert [uniforms.random() for _ in wanted] == wanted
+    assert make_uniforms(SamplingParams()).random() != make_uniforms(SamplingParams()).random()
