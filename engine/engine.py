@@ -12,12 +12,12 @@ import heapq
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.batch import make_batch
-from engine.cache_file import CacheFile
 from engine.core import Limits, Output, Request, Stats, join_outputs
 from engine.errors import DeadlineExceeded, EngineError, InvalidRequest
 from engine.progress import Progress
@@ -28,6 +28,9 @@ from engine.scheduler.pace import Cost
 from engine.scheduler.policy import Chunk, Scheduler
 from engine.speculation import can_extend, make_guesser
 from engine.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from engine.cache_file import CacheFile
 
 _log = logging.getLogger(__name__)
 

@@ -15,18 +15,20 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from engine.artifact import Package, open_package
 from engine.core import Limits, Output, Pooling, SamplingParams, Stats, join_outputs
-from engine.engine import Engine
 from engine.reply import Reply
 from engine.runtime.memory import Budget
-from engine.text.reading import get_marks
-from engine.text.tokenizer import Tokenizer, load_tokenizer
 from engine.thread import DEFAULT_QUEUE_LIMIT, EngineThread
+
+if TYPE_CHECKING:  # see make_package_engine
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from engine.engine import Engine
+    from engine.text.tokenizer import Tokenizer
 
 
 class LLM:
@@ -118,6 +120,8 @@ class LLM:
 
         `pooling`: the hidden states of the last token, or the mean of all. Raises what `generate` raises.
         """
+        import numpy as np
+
         found = []
         for start in range(0, len(texts), self.limits.max_batch):
             some = texts[start : start + self.limits.max_batch]
@@ -152,28 +156,44 @@ def make_package_engine(
     draft: Path | None = None,
     cache_file: Path | None = None,
 ) -> Callable[[], Engine]:
-    """What EngineThread takes: a function that opens the package, on the thread that calls it, and loads TVM."""
+    """What EngineThread takes: a function that opens the package, on the thread that calls it, and loads TVM.
+
+    The tokenizer, which takes a tenth of a second, is read meanwhile by a thread that does not hold Python's lock:
+    so whatever takes long to import is imported after that has begun.
+    """
 
     def make() -> Engine:
-        from engine.artifact import open_package
-        from engine.cache_file import CacheFile, make_owner
-        from engine.runtime.pair import load_pair
-        from engine.runtime.tvm_executor import TvmExecutor
+        from concurrent.futures import ThreadPoolExecutor
 
         package = open_package(path)
-        packages, small = [package], None
-        marks = get_marks(package.manifest.recipes["model"]["chat"])
-        if draft is None or not draft_tokens:
-            executor = TvmExecutor(package, budget)
-        else:
-            packages.append(open_package(draft))
-            executor, small = load_pair(package, packages[1], budget)
-        tokenizer = load_tokenizer(package.root, marks=marks)  # meanwhile a thread touches the weights
-        file = None if cache_file is None else CacheFile(cache_file, make_owner(packages))
+        with ThreadPoolExecutor(1, "tokenizer") as pool:
+            reading = pool.submit(_load_tokenizer, package)
+            from engine.engine import Engine
+            from engine.runtime.pair import load_pair
+            from engine.runtime.tvm_executor import TvmExecutor
+
+            packages, small = [package], None
+            if draft is None or not draft_tokens:
+                executor = TvmExecutor(package, budget)
+            else:
+                packages.append(open_package(draft))
+                executor, small = load_pair(package, packages[1], budget)
+            tokenizer = reading.result()
         options: Any = {"prefix_cache": prefix_cache, "draft_tokens": draft_tokens, "draft": small}
-        return Engine(executor, tokenizer, **options, cache_file=file)
+        if cache_file is not None:
+            from engine.cache_file import CacheFile, make_owner
+
+            options["cache_file"] = CacheFile(cache_file, make_owner(packages))
+        return Engine(executor, tokenizer, **options)
 
     return make
+
+
+def _load_tokenizer(package: Package) -> Tokenizer:
+    from engine.text.reading import get_marks
+    from engine.text.tokenizer import load_tokenizer
+
+    return load_tokenizer(package.root, marks=get_marks(package.manifest.recipes["model"]["chat"]))
 
 
 def _read_all(reply: Reply) -> Output:

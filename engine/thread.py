@@ -27,7 +27,6 @@ from engine.core import FinishReason, Limits, Output, Pooling, Request, Sampling
 from engine.errors import EngineError, EngineStopped, InvalidRequest, Overloaded
 from engine.reply import AsyncReply, Mailbox, Reply
 from engine.request import check_request
-from engine.sampling.grammar import GrammarCompiler
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -62,6 +61,8 @@ class EngineThread:
         if isinstance(engine, BaseException):
             self._thread.join()
             raise engine
+        from engine.sampling.grammar import GrammarCompiler  # needs numpy: see make_package_engine
+
         self.limits: Limits = engine.limits
         self.tokenizer: Tokenizer = engine.tokenizer
         self.grammars = GrammarCompiler(engine.tokenizer)
