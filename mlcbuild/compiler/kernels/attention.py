@@ -24,10 +24,11 @@ from mlcbuild.compiler.kernels import tir
 from mlcbuild.compiler.kernels.attention_out import Out, make_out
 from mlcbuild.compiler.kernels.benchmark import MOST_SEQUENCES, Benchmark, Setting
 from mlcbuild.compiler.kernels.kv_pages import Kind, choose_dtype, make_kind
-from mlcbuild.compiler.kernels.kv_place import BLOCK, PAGE, VALUE_LANES, Heads, Later, Place
+from mlcbuild.compiler.kernels.kv_place import BLOCK, ITEM_BYTES, PAGE, VALUE_LANES, Heads, Later, Place
 from mlcbuild.compiler.kernels.tir import Accumulator, Expr, div, f32, keep, mod, put, put2, spread, vec, vec2
 
 LANES = 16  # whose scores are summed at once: as many vectors as registers hold
+AHEAD = 8704  # bytes from what a lone token works on to what it asks for
 SUMS = 16  # registers for the results of VALUE_LANES at once
 TASK_LANES = 64  # of one task in a call of MANY tokens; else as few as LANES, for more tasks
 MANY = 64
@@ -145,6 +146,12 @@ def _narrow(h: Heads) -> int:
     return each if each <= VALUE_LANES else -(-each // VALUE_LANES) * VALUE_LANES
 
 
+def _look_ahead(h: Heads, kind: Kind) -> tuple[int, int]:
+    """Pages of keys or values between those that are worked on and those asked for: AHEAD bytes, and half as many."""
+    count = min(BLOCK, max(2, AHEAD // (PAGE * h.row * ITEM_BYTES[kind.stored])))
+    return count, count // 2
+
+
 @dataclass
 class _Call:
     """The buffers of one call."""
@@ -167,7 +174,7 @@ class _Run:
         self.call, self.head, self.first, self.most, self.width = call, head, first, most, width
         h, kind = call.h, call.kind
         self.d, self.shared, self.step = h.head_dim, h.shared, min(width, VALUE_LANES)
-        self.window = h.window
+        self.window, self.ahead = h.window, _look_ahead(h, kind)
         self.line = keep(T.cast(call.rows[first], "int64"))
         self.last = keep(T.cast(call.positions[first + count - 1], "int64"))
         after = keep(first + count)
@@ -238,42 +245,47 @@ class _Run:
         page = keep(T.cast(self.call.table[self.line, b], "int64"))
         return Place(self.call.pages, self.call.layer, page, self.head)
 
-    def _ask_values(self, place: Place) -> Later:
-        """While a lone token's scores are made, ask for the values of the page; many tokens find them in the cache."""
-        return (lambda row: place.prefetch(1, row)) if self.most == 1 else (lambda row: None)
+    def _ask(self, block: Expr, pages: Expr, b: Expr, *, values: bool) -> Later:
+        """While a lone token works on a page, ask for two that it comes to soon; many find most in the cache.
 
-    def _ask_keys(self, b: Expr) -> Later:
-        """Likewise for the keys of page b of the sequence or, past its end, of the run that comes next.
-
-        And once more for those of the page before in its block: a processor drops requests that come too fast.
+        So each is asked for twice, since a processor drops requests that come too fast.
         """
         if self.most > 1:
             return lambda row: None
-        places = [self._find_next(b), self._find_next(b - T.cast(mod(b, BLOCK) > 0, "int64"))]
-        self.call.kind.ask(places[0])
+        wanted = [self._find_ahead(block, pages, b + ahead, values=values) for ahead in self.ahead]
+        self.call.kind.ask(wanted[0][0])
 
         def ask(row: Expr) -> None:
-            for place in places:
-                place.prefetch(0, row)
+            for place, kind in wanted:
+                place.prefetch(kind, row)
 
         return ask
 
-    def _find_next(self, b: Expr) -> Place:
-        """Page b of the sequence; past its end the page of the next run that is in the same place of a block."""
-        ends = T.bind(b > div(self.last, PAGE))
-        line, head = T.Select(ends, self.next_line, self.line), T.Select(ends, self.next_head, self.head)
-        page = keep(T.cast(self.call.table[line, T.Select(ends, mod(b, BLOCK), b)], "int64"))
-        return Place(self.call.pages, self.call.layer, page, keep(head))
+    def _find_ahead(self, block: Expr, pages: Expr, b: Expr, *, values: bool) -> tuple[Place, Expr]:
+        """Where page b of the block's keys or values is, and which of them: K (0) or V (1).
+
+        After the last of the block's keys come its values, then keys of the next block, or of the run that comes next.
+        """
+        ends = T.bind(b >= pages)
+        beyond = T.bind(T.min(b - pages, pages - 1))
+        here = block * BLOCK + T.Select(ends, beyond, b)
+        if not values:
+            return self._place(here), keep(T.cast(ends, "int64"))
+        after = T.bind(here + T.Select(ends, T.int64(BLOCK), T.int64(0)))
+        over = T.bind(after > div(self.last, PAGE))
+        line, head = T.Select(over, self.next_line, self.line), T.Select(over, self.next_head, self.head)
+        page = keep(T.cast(self.call.table[line, T.Select(over, beyond, after)], "int64"))
+        return Place(self.call.pages, self.call.layer, page, keep(head)), keep(T.Select(ends, T.int64(0), T.int64(1)))
 
     def _score(self, block: Expr, pages: Expr, first: Expr) -> None:
-        """scores[lane][page][16] of a group of lanes; the first one asks for the values."""
+        """scores[lane][page][16] of a group of lanes."""
         with T.serial((BLOCK - pages) * self.width) as i:
             put(self.scores, (mod(i, self.width) * BLOCK + pages + div(i, self.width)) * PAGE, f32(NOTHING))
         with T.serial(pages) as b:
             place = self._place(block * BLOCK + b)
             sums = [Accumulator() for _ in range(self.width)]
             offsets = [(first + i) * self.call.kind.query_size for i in range(self.width)]
-            self.call.kind.score(sums, self.queries, offsets, place, self._ask_values(place))
+            self.call.kind.score(sums, self.queries, offsets, place, self._ask(block, pages, b, values=False))
             start = T.bind(T.cast(block * BLOCK + b, "int32") * PAGE)
             for i, a in enumerate(sums):
                 put(self.scores, (i * BLOCK + b) * PAGE, a.get())
@@ -319,18 +331,14 @@ class _Run:
         """results[lane][d] of a few lanes, so many columns at a time that their sums stay in registers."""
         kind, d, count = self.call.kind, self.d, SUMS // self.step * 16
         offsets = [(first + i) * (BLOCK * PAGE) for i in range(self.step)]
-        ends = keep(T.cast(block * BLOCK + pages - 1 == div(self.last, PAGE), "int64"))
         for start in range(0, d, count):
             columns = range(start, min(start + count, d), 16)
             sums = [[kind.start_sum(self._shrunk(first + i, c)) for c in columns] for i in range(self.step)]
-            with T.serial(pages - ends) as b:
-                later = self._ask_keys((block + 1) * BLOCK + b) if start == 0 else lambda row: None
-                at = [offset + b * PAGE for offset in offsets]
-                kind.add_values(sums, columns, self.weights, at, self._place(block * BLOCK + b), later)
-            with T.If(ends == 1), T.Then():
-                b, length = pages - 1, T.cast(mod(self.last, PAGE) + 1, "int32")
-                at = [offset + b * PAGE for offset in offsets]
-                kind.add_last_values(sums, columns, self.weights, at, self._place(block * BLOCK + b), length)
+            with T.serial(pages) as b:
+                later = self._ask(block, pages, b, values=True) if start == 0 else lambda row: None
+                at, page = [offset + b * PAGE for offset in offsets], T.bind(block * BLOCK + b)
+                written = keep(T.min(self.last + 1 - page * PAGE, T.int64(PAGE)))
+                kind.add_values(sums, columns, self.weights, at, self._place(page), written, later)
             for i, of_lane in enumerate(sums):
                 for c, a in zip(columns, of_lane, strict=True):
                     put(self.results, (first + i) * d + c, kind.end_sum(a, first + i, self._shrunk(first + i, c)))

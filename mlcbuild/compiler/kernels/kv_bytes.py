@@ -59,14 +59,9 @@ class Bytes(Wide):
             a.set(a.get() * scales)
 
     def add_values(
-        self, sums: Sums, columns: range, weights: Expr, offsets: list[Expr], place: Place, later: Later
+        self, sums: Sums, columns: range, weights: Expr, offsets: list[Expr], place: Place, written: Expr, later: Later
     ) -> None:
-        super().add_values(sums, columns, *self._scale(weights, offsets, place), place, later)
-
-    def add_last_values(
-        self, sums: Sums, columns: range, weights: Expr, offsets: list[Expr], place: Place, length: Expr
-    ) -> None:
-        super().add_last_values(sums, columns, *self._scale(weights, offsets, place), place, length)
+        super().add_values(sums, columns, *self._scale(weights, offsets, place), place, written, later)
 
     def _scale(self, weights: Expr, offsets: list[Expr], place: Place) -> tuple[Expr, list[Expr]]:
         """Sixteen weights of each lane, times the scales of the values; what was never written is not looked at."""
@@ -188,10 +183,10 @@ class Dots:
         return fma(to_f32(total.get()), spread(self.units[lane]), start())
 
     def add_values(
-        self, sums: Sums, columns: range, weights: Expr, offsets: list[Expr], place: Place, later: Later
+        self, sums: Sums, columns: range, weights: Expr, offsets: list[Expr], place: Place, written: Expr, later: Later
     ) -> None:
         d = self.h.head_dim
-        with T.serial(PAGE // 2) as pair:
+        with T.serial(div(written + 1, 2)) as pair:  # zero times garbage is zero here
             for i in range(2):
                 later(pair * 2 + i)
             values = [T.bind(T.cast(place.load(1, 0, pair * (2 * d) + c * 2, 32), "int16x32")) for c in columns]
@@ -200,12 +195,6 @@ class Dots:
                 p = T.bind(T.reinterpret("int16x32", spread(p)))
                 for v, a in zip(values, of_lane, strict=True):
                     a.set(tir.call(I32, "x86.avx512.vpdpwssd.512", a.get(), v, p))
-
-    def add_last_values(
-        self, sums: Sums, columns: range, weights: Expr, offsets: list[Expr], place: Place, length: Expr
-    ) -> None:
-        """Zero times garbage is zero here."""
-        self.add_values(sums, columns, weights, offsets, place, lambda row: None)
 
 
 def _load_row(qkv: Expr, m: Expr, first: Expr, column: int) -> Expr:

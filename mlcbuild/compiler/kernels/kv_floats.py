@@ -93,18 +93,14 @@ class Wide:
                     a.set(fma(k, spread(queries[at + row * per_row + u]), a.get()))
 
     def add_values(
-        self, sums: Sums, columns: range, weights: Expr, offsets: list[Expr], place: Place, later: Later
+        self, sums: Sums, columns: range, weights: Expr, offsets: list[Expr], place: Place, written: Expr, later: Later
     ) -> None:
-        """Add weight * V of sixteen positions."""
-        with T.serial(PAGE) as slot:
-            later(slot)
-            self._add(sums, columns, weights, offsets, place, slot)
+        """Add weight * V of the positions that were written, one to sixteen.
 
-    def add_last_values(
-        self, sums: Sums, columns: range, weights: Expr, offsets: list[Expr], place: Place, length: Expr
-    ) -> None:
-        """The same of a page that was written up to `length` (int32) positions."""
-        with T.serial(T.cast(length, "int64")) as slot:
+        If LLVM knew how many, it would unroll the loop and ask for all that comes later at once.
+        """
+        with T.serial(written) as slot:
+            later(slot)
             self._add(sums, columns, weights, offsets, place, slot)
 
     def _add(self, sums: Sums, columns: range, weights: Expr, offsets: list[Expr], place: Place, slot: Expr) -> None:
@@ -160,21 +156,15 @@ class Pairs(Wide):
                     a.set(bf16.dot(a.get(), k, bf16.spread_pair(queries, at + row * per_row + u)))
 
     def add_values(
-        self, sums: Sums, columns: range, weights: Expr, offsets: list[Expr], place: Place, later: Later
+        self, sums: Sums, columns: range, weights: Expr, offsets: list[Expr], place: Place, written: Expr, later: Later
     ) -> None:
-        with T.serial(PAGE // 2) as pair:
+        with T.serial(div(written, 2)) as pair:
             for row in range(2):
                 later(pair * 2 + row)
             self._add_pair(sums, columns, weights, offsets, place, pair, None)
-
-    def add_last_values(
-        self, sums: Sums, columns: range, weights: Expr, offsets: list[Expr], place: Place, length: Expr
-    ) -> None:
-        with T.serial(T.cast(div(length + 1, 2), "int64")) as pair:
-            # a pair may be half written, and zero times garbage may be NaN
-            one = length == T.cast(pair, "int32") * 2 + 1
-            mask = T.bind(T.Select(one, T.int32(0xFFFF), T.int32(-1)))
-            self._add_pair(sums, columns, weights, offsets, place, pair, mask)
+        # the other half of a pair may never have been written, and zero times garbage may be NaN
+        with T.If(mod(written, 2) == 1), T.Then():
+            self._add_pair(sums, columns, weights, offsets, place, div(written, 2), T.int32(0xFFFF))
 
     def _add_pair(
         self, sums: Sums, columns: range, weights: Expr, offsets: list[Expr], place: Place, pair: Expr, mask: Expr
