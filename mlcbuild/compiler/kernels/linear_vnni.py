@@ -10,6 +10,7 @@ odd groups apart and in the same order: a row's result is the same to the last b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 from tvm import tirx
@@ -22,11 +23,13 @@ from mlcbuild.compiler.kernels.tir import F32, I32, Accumulator, Expr, f32, fma,
 from mlcbuild.quantization.layouts.int8_16x64 import SCALE_BYTES, accepts, get_block_bytes
 
 ONE = 127 << 23  # the bits of 1.0
-IN_REGISTERS = (1, 2, 4)  # rows whose sums stay in registers; those of six would not
 FEW = 8  # rows that are done before the next 8-bit weights are here: two tiles at once would be two streams to wait for
-# Blocks asked for in advance. The hardware's prefetcher is good at one stream, and a lone row is one only until its own
-# codes fall out of L1 (4,096 inputs and more); other rows take too long over a block for it.
-AHEAD, AHEAD_OF_ONE = {4: 12, 8: 8}, {4: 8, 8: 2}
+AHEAD = {4: 12, 8: 8}  # blocks asked for in advance by the many-row path, too busy for the hardware prefetcher
+
+# Rows whose sums stay in registers (those of six would not), by bits: blocks of a tile in one turn of the loop, and how
+# many are asked for in advance. Measured with weights from memory, where it matters by up to a fifth: see
+# `ci/bench_kernels.py --threads 1`.
+IN_REGISTERS = {4: {1: (2, 8), 2: (4, 20), 4: (2, 20)}, 8: {1: (4, 4), 2: (4, 8), 4: (4, 8)}}
 
 
 def make_linear(out_features: int, in_features: int, *, bits: int, bias: bool, residual: bool) -> tirx.PrimFunc:
@@ -69,11 +72,11 @@ def choose_path(n: Expr, bits: int, few: Callable[[int], None], many: Callable[[
     def emit(most: int, *more: int) -> None:
         with T.If(n <= most):
             with T.Then():
-                few(most) if most in IN_REGISTERS else many(False)
+                few(most) if most in IN_REGISTERS[bits] else many(False)
             with T.Else():
                 emit(*more) if more else many(True)
 
-    emit(*IN_REGISTERS, *([FEW] if bits == 8 else []))
+    emit(*IN_REGISTERS[bits], *([FEW] if bits == 8 else []))
 
 
 def _dot(acc: Expr, unsigned: Expr, signed: Expr) -> Expr:
@@ -102,8 +105,8 @@ def few_rows(
     """One, two or four rows; the last of four may be padding."""
     codes, scales, corrections = acts
     blocks, size = int(w.shape[1]), get_block_bytes(bits)
-    unroll = 2 if most == 1 and blocks % 2 == 0 else 1
-    in_advance = (AHEAD_OF_ONE if most == 1 else AHEAD)[bits]
+    wanted, in_advance = IN_REGISTERS[bits][most]
+    unroll = math.gcd(blocks, wanted)
     sums = [[Accumulator(), Accumulator()] for _ in range(most)]
     with T.serial(blocks // unroll) as step:
         for u in range(unroll):
