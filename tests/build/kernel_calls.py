@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tvm
+from tvm_ffi import StructuralKey
 
 from engine.machine import get_cpu_features
 from engine.runtime.tvm_executor import make_aligned
@@ -18,9 +21,7 @@ HAS_VNNI = "avx512_vnni" in (get_cpu_features() or ())
 
 def build(kernel, target=None):
     """A callable of numpy arrays: in-place arguments come back through the arrays themselves."""
-    target = target or ("x86-64-v4-vnni" if HAS_VNNI else "x86-64-v3")
-    target = tvm.target.Target(load_recipes(ROOT / "recipes").targets[target].tvm)
-    function = tvm.compile(tvm.IRModule({"f": kernel.with_attr("global_symbol", "f")}), target)["f"]
+    function = compile_once(StructuralKey(kernel), target or ("x86-64-v4-vnni" if HAS_VNNI else "x86-64-v3"))
 
     def run(*args):
         passed, copies = [], []
@@ -37,6 +38,13 @@ def build(kernel, target=None):
             a[...] = copy
 
     return run
+
+
+@functools.cache
+def compile_once(kernel: StructuralKey, target: str) -> Any:
+    """The compiled kernel; one that is the same in all of its structure is not compiled again."""
+    made = tvm.target.Target(load_recipes(ROOT / "recipes").targets[target].tvm)
+    return tvm.compile(tvm.IRModule({"f": kernel.key.with_attr("global_symbol", "f")}), made)["f"]
 
 
 def codes_for(n, width):
