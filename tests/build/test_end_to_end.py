@@ -22,16 +22,11 @@ QUESTION, ANSWER = "What is the capital of France?", "The capital of France is P
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    return tmp_path_factory.mktemp("store")
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory, store):
+def project(first_build):
     """A copy of the project with tiny built by the default command."""
-    project = copy_project(tmp_path_factory.mktemp("project"))
-    done = doit(project, store, "build")
-    assert done.returncode == 0, done.stdout + done.stderr
+    project, done = first_build
+    steps = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("run ")]
+    assert sorted(steps) == ["compile", "convert", "download", "package", "reference", "verify"]
     assert ANSWER in done.stdout
     return project
 

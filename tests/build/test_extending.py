@@ -98,12 +98,6 @@ def run(ctx):
 '''
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    """One content store for all tests here: what they share is built once."""
-    return tmp_path_factory.mktemp("store")
-
-
 @pytest.fixture
 def project(tmp_path):
     return copy_project(tmp_path)

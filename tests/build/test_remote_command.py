@@ -98,10 +98,14 @@ def test_explain_knows_what_the_remote_has(url: str, one: Path, two: Path) -> No
     assert not (two / "artifacts" / "packages").exists()
 
 
-def test_the_real_project_is_restored_without_compiling(url: str, tmp_path: Path) -> None:
-    for name, word in (("one", "run"), ("two", "remote hit")):
+def test_the_real_project_is_restored_without_compiling(url: str, tmp_path: Path, store: Path) -> None:
+    """What a checkout has pushed serves another one, whose own store is empty."""
+    for name, word, where in (("one", "hit", store), ("two", "remote hit", tmp_path / "store")):
         project = copy_project(tmp_path / name)
-        done = real_doit(project, tmp_path / f"store-{name}", "build", "model=tiny", f"remote={url}")
+        if name == "two":
+            pushed = real_doit(tmp_path / "one", store, "cache", "push", f"remote={url}")
+            assert pushed.returncode == 0, pushed.stdout + pushed.stderr
+        done = real_doit(project, where, "build", "model=tiny", *([f"remote={url}"] if name == "two" else []))
         assert done.returncode == 0, done.stdout + done.stderr
         found = [line for line in done.stdout.splitlines() if line.startswith(("run ", "hit ", "remote hit ", "warn"))]
         assert len(found) == 6

@@ -81,10 +81,10 @@ def test_a_build_that_fails_elsewhere(project: Path) -> None:
     assert "Traceback" not in done.stdout + done.stderr
 
 
-def test_tiny_is_reproducible(tmp_path: Path) -> None:
-    """The real thing: keys, weights, library and package of two builds in two folders."""
+def test_tiny_is_reproducible(tmp_path: Path, store: Path) -> None:
+    """The real thing: keys, weights, library and package of two builds in two folders, the first from the store."""
     project = copy_project(tmp_path / "project")
-    done = run_real_doit(project, tmp_path / "store", "repro")
+    done = run_real_doit(project, store, "repro")
     assert done.returncode == 0, done.stdout + done.stderr
     said = done.stdout.splitlines()
     assert [line.split()[:2] for line in said[-7:-2] if line] == [

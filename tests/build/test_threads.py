@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from real_project import copy_project, doit
 
+ROOT = Path(__file__).parents[2]
 QUANTIZATIONS = ["q4f16_1", "q4f16_1_kv8", "q4f32_1", "q8f16_1", "q0f16", "q4f16_1_bf16", "q0bf16"]
 PROGRAM = """
 import hashlib, sys
@@ -33,26 +34,15 @@ print(digest.hexdigest())
 """
 
 
-@pytest.fixture(scope="module")
-def project(tmp_path_factory):
-    project = copy_project(tmp_path_factory.mktemp("project"))
-    store = tmp_path_factory.mktemp("store")
-    done = doit(project, store, "build", f"quantization={','.join(QUANTIZATIONS)}", "target=cpu")
-    assert done.returncode == 0, done.stdout + done.stderr
-    return project
-
-
-def run(project: Path, package: Path, threads: int, cuts: str) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(project), "TVM_NUM_THREADS": str(threads)}
+def run(package: Path, threads: int, cuts: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TVM_NUM_THREADS": str(threads)}
     command = [sys.executable, "-c", PROGRAM, str(package), cuts]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
-def test_threads_and_batches_change_nothing(project, quantization):
-    (package,) = (project / "artifacts" / "packages").glob(f"tiny-{quantization}-*")
+def test_threads_and_batches_change_nothing(build_embedded: Callable[..., Path], quantization: str) -> None:
+    package = build_embedded("tiny", quantization)
     one_by_one = ",".join(str(i) for i in range(1, 150))
-    results = {
-        run(project, package, threads, cuts) for threads, cuts in [(1, "75"), (2, "75"), (2, one_by_one), (3, "7,70")]
-    }
+    results = {run(package, threads, cuts) for threads, cuts in [(1, "75"), (2, "75"), (2, one_by_one), (3, "7,70")]}
     assert len(results) == 1
