@@ -136,9 +136,9 @@ class Batch:
     logit_rows: NDArray[np.int32]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # a frozen one takes three times as long to make, and there is one for each token
 class Usage:
-    """What one request took. Times in seconds; None until there is something to measure.
+    """What one request took; never changed. Times in seconds; None until there is something to measure.
 
     `cached_tokens`: those of the prompt whose keys and values were in the prefix cache, so that they did not run.
     `guessed_tokens` were guessed ahead; of these, `right_tokens` are in the reply, each of which saved a step.
@@ -180,9 +180,9 @@ class TokenLogprob:
         return self.data.decode("utf-8", "replace")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # as Usage
 class Output:
-    """What one request has gained since its previous Output; joined together they are the reply.
+    """What one request has gained since its previous Output; joined together they are the reply. Never changed.
 
     `text` may be empty while a character or a possible stop string is incomplete. `token_ids` are all sampled tokens,
     the one that ended the reply included. `usage` is the state so far, not a difference. The last Output of a request,

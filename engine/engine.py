@@ -23,7 +23,6 @@ from engine.errors import DeadlineExceeded, EngineError, InvalidRequest
 from engine.progress import Progress
 from engine.request import get_max_tokens
 from engine.runtime.executor import Executor
-from engine.sampling.sampler import LIKELIEST
 from engine.scheduler.pace import Cost
 from engine.scheduler.policy import Chunk, Scheduler
 from engine.speculation import can_extend, make_guesser
@@ -233,8 +232,6 @@ class Engine:
         if not self.limits.picks_tokens:
             return {}
         draws = {row: progress.draw() for row, progress in rows if progress.is_drawn}
-        if len(draws) == 1 and LIKELIEST in draws.values():  # which numpy finds sooner than TVM is called
-            return {}
         return dict(zip(draws, self._executor.pick_tokens(draws), strict=True)) if draws else {}
 
     def _sample(self, progress: Progress, logits: NDArray[np.float32], row: int, picked: int | None) -> int | Exception:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from engine.artifact import Library, Package, load_weights_index, rebuild_command
 from engine.core import Batch, Draw, Limits
@@ -108,10 +108,11 @@ class TvmExecutor:
 
     def pick_tokens(self, draws: Mapping[int, Draw]) -> list[int]:
         """By the library's own function."""
-        rows = self._inputs.put("picked", np.fromiter(draws, np.int32, len(draws)))
-        tokens: Any = self._functions[PICK](
-            self._logits, rows, self._inputs.put("draws", np.array(list(draws.values())))
-        )
+        rows, rows_tensor = self._inputs.take("picked", (len(draws),), np.int32)
+        rows[:] = list(draws)
+        numbers, numbers_tensor = self._inputs.take("draws", (len(draws), len(Draw._fields)), np.float64)
+        numbers[:] = list(draws.values())
+        tokens: Any = self._functions[PICK](self._logits, rows_tensor, numbers_tensor)
         return list(np.from_dlpack(tokens).tolist())
 
     def run_hidden(self, batch: Batch) -> NDArray[np.float32]:
@@ -215,20 +216,22 @@ class _Inputs:
 
     def put(self, name: str, values: NDArray[Any]) -> Any:
         """The values as a tensor, until the next of this name."""
-        view, tensor = self._latest.get(name, (None, None))
-        if view is None or view.shape != values.shape:
-            view = self._get_room(name, values)[: values.size].reshape(values.shape)
-            tensor = self._wrap(view)
-            self._latest[name] = view, tensor
+        view, tensor = self.take(name, values.shape, values.dtype)
         view[...] = values
         return tensor
 
-    def _get_room(self, name: str, values: NDArray[Any]) -> NDArray[Any]:
-        held = self._held.get(name)
-        if held is None or held.size < values.size:
-            room = np.empty(2 * values.size + ALIGNMENT, values.dtype)
+    def take(self, name: str, shape: tuple[int, ...], dtype: DTypeLike) -> tuple[NDArray[Any], Any]:
+        """Room for values as an array and as a tensor, until the next of this name, which has the same dtype."""
+        latest = self._latest.get(name)
+        if latest is not None and latest[0].shape == shape:
+            return latest
+        held, size = self._held.get(name), math.prod(shape)
+        if held is None or held.size < size:
+            room = np.empty(2 * size + ALIGNMENT, dtype)
             held = self._held[name] = room[-room.ctypes.data % ALIGNMENT // room.itemsize :]
-        return held
+        view = held[:size].reshape(shape)
+        self._latest[name] = view, self._wrap(view)
+        return self._latest[name]
 
 
 def make_aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:

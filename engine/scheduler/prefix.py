@@ -28,7 +28,7 @@ class Node:
 
 
 class PrefixCache:
-    """Shares pages of `allocator`. Disabled, it takes nothing in, so that nothing is ever found."""
+    """Shares pages of `allocator`. Where it is not `enabled` nothing is to be put in, so that nothing is ever found."""
 
     def __init__(self, allocator: PageAllocator, page_size: int, *, enabled: bool = True) -> None:
         self._allocator = allocator
@@ -70,14 +70,11 @@ class PrefixCache:
             if not node.readers:
                 self._unread[node] = None
 
-    def insert(self, above: Node | None, tokens: Sequence[int], page: int) -> Node | None:
+    def insert(self, above: Node | None, tokens: Sequence[int], page: int) -> Node:
         """Remember that `page` holds `tokens` after `above` (None: at the beginning), and hold it for its owner.
 
-        When another page holds the same already, `page` is freed and the owner must read the other one. None when the
-        cache is disabled: the page remains the owner's.
+        When another page holds the same already, `page` is freed and the owner must read the other one.
         """
-        if not self.enabled:
-            return None
         parent, key = above or self._root, tuple(tokens)
         node = parent.children.get(key)
         if node is None:
