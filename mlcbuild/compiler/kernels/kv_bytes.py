@@ -161,7 +161,8 @@ class Dots:
         d = self.h.head_dim
         each = d // 4 // STEPS
         totals = [Accumulator(spread(_four(queries, at + d + SCALE_BYTES, "int32")), "int32") for at in offsets]
-        with T.serial(STEPS) as step:
+        # always STEPS, but LLVM does not know: it would ask for all that comes later at once
+        with T.serial(tir.keep(T.min(place.page + STEPS, T.int64(STEPS)))) as step:
             for i in range(PAGE // STEPS):
                 later(step * (PAGE // STEPS) + i)
             for u in range(each):
