@@ -49,11 +49,9 @@ def make_gated(out_features: int, in_features: int, *, bits: int) -> tirx.PrimFu
         w = tir.arg("tiles", (2 * half, blocks, get_block_bytes(bits)), "uint8")
         acts, results = code_args(in_features), code_args(width, "gated_")
 
-        def quantize(products: Expr, i: Expr, group: Expr, entry: Expr, rows: Expr) -> None:
-            """Products i f32 [gate or up, 32] are a group of the results, of `rows` to a block, and its entry."""
-            gate, up = ([vec(products, i * 64 + part + at) for at in (0, 16)] for part in (0, 32))
-            gated = [T.bind(silu(g) * u) for g, u in zip(gate, up, strict=True)]
-            store_group(gated, entry, *results, get_zero(bits))
+        def quantize(halves: list[Expr], group: Expr, entry: Expr, rows: Expr) -> None:
+            """A group of the results of one row, of `rows` to a block, and where its codes are entered."""
+            store_group([T.bind(h) for h in halves], entry, *results, get_zero(bits))
             if whole < per_row:  # padding of the row to 64
                 with T.If(group == whole - 1), T.Then():
                     store_group([f32(0), f32(0)], entry + rows, *results, get_zero(bits))
@@ -72,25 +70,29 @@ def make_gated(out_features: int, in_features: int, *, bits: int) -> tirx.PrimFu
                 with T.serial(count) as i:
                     group = T.bind(run * count + i)
                     for m in range(most):
+                        at = (i * most + m) * 64
+                        halves = [silu(vec(products, at + h)) * vec(products, at + 32 + h) for h in (0, 16)]
                         with T.If(T.int64(m) < n), T.Then():
-                            quantize(products, i * most + m, group, T.bind(group * most + m), T.int64(most))
+                            quantize(halves, group, T.bind(group * most + m), T.int64(most))
 
         def many(both: bool) -> None:
             rows = T.bind(block_rows(n))
             with T.parallel(whole) as group:
-                sums, products = tir.scratch(MAX_BLOCK * 2 * 2 * 16), tir.scratch(MAX_BLOCK * 64)
+                sums, gated = tir.scratch(MAX_BLOCK * 2 * 2 * 16), tir.scratch(MAX_BLOCK * GROUP)
                 with T.serial((n + rows - 1) // rows) as block_of_rows:
                     with T.serial(2) as r:
                         for parts in [[0, 1]] if both else [[0], [1]]:
                             tiles = [part * half + group * 2 + r for part in parts]
                             add_products(w, bits, acts, block_of_rows, rows, tiles, 0, sums)
                             with T.serial(rows) as m:
-                                for i, part in enumerate(parts):
-                                    total = get_total(sums, m * len(parts) + i)
-                                    put(products, m * 64 + part * 32 + r * 16, total)
+                                at = m * GROUP + r * 16
+                                totals = [get_total(sums, m * len(parts) + i) for i in range(len(parts))]
+                                gate = silu(totals[0]) if 0 in parts else vec(gated, at)
+                                put(gated, at, gate * totals[-1] if 1 in parts else gate)
                     first = T.bind((block_of_rows * per_row + group) * rows)
                     with T.serial(T.min(rows, n - block_of_rows * rows)) as m:
-                        quantize(products, m, group, T.bind(first + m), rows)
+                        halves = [vec(gated, m * GROUP + h) for h in (0, 16)]
+                        quantize(halves, group, T.bind(first + m), rows)
 
         with tir.root():
             tir.begin()
