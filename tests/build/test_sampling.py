@@ -10,7 +10,7 @@ from engine.core import Draw, SamplingParams
 from engine.sampling.sampler import pick_at
 from mlcbuild.compiler.kernels.sampling import BLOCK, UNUSABLE, make_pick_tokens
 
-SIZES = [1, 5, 16, 100, BLOCK, BLOCK + 16, 5003, 16 * BLOCK]
+SIZES = [1, 5, 16, 100, BLOCK, BLOCK + 16, 5003, 7 * BLOCK]
 CUTS = [
     {},
     {"temperature": 0.3},

@@ -21,8 +21,8 @@ from mlcbuild.compiler.kernels import tir
 from mlcbuild.compiler.kernels.benchmark import MOST_SEQUENCES, Benchmark, Setting
 from mlcbuild.compiler.kernels.tir import LANES, Accumulator, Expr, f32, put, spread, vec, vec2
 
-BLOCK = 256  # weights that are looked at, and summed, together or not at all
-CHAINS = 2  # sums side by side; with more LLVM unrolls the whole loop over a block, which is slower
+BLOCK = 1024  # weights that are looked at, and summed, together or not at all: with fewer flat weights take longer
+CHAINS = 4  # sums side by side: an addition takes as many cycles
 # Bits of the least weight that counts, 2^-41 (a vocabulary of these is less than a sum is rounded by), and of what
 # exceeds all
 LEAST, ABOVE = 0x2B000000, 0x3F800001
