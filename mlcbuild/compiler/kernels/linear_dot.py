@@ -24,7 +24,7 @@ from mlcbuild.quantization.layouts.rows16 import ROWS
 
 Planes = list[list[Expr]]  # registers of codes by place value: ones, and sixteens if there are two
 
-AHEAD = 2304  # bytes of weights asked for in advance by the many-row path
+AHEAD = 20  # blocks of weights asked for in advance
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,9 +144,11 @@ class Tile:
         unneeded = self.bits == 8 and self.dot.signed
         return spread(T.int32(0) if unneeded else correction, self.dot.lanes)
 
-    def prefetch(self, block: Expr, group: int) -> None:
-        for line in range(group, get_block_bytes(self.bits) // 64, 2):
-            tir.prefetch(T.address_of(self.w[self.tile, block, AHEAD + line * 64]))
+    def prefetch(self, block: Expr, begin: int = 0, step: int = 1) -> None:
+        """Ask for lines of a later block."""
+        size = get_block_bytes(self.bits)
+        for line in range(begin, size // 64, step):
+            tir.prefetch(T.address_of(self.w[self.tile, block, AHEAD * size + line * 64]))
 
 
 def _load_codes(codes: Expr, at: Expr, lanes: int) -> list[Expr]:
@@ -160,6 +162,7 @@ def _one_row(tile: Tile, acts: tuple[Expr, Expr, Expr], blocks: int, store: Call
     lanes = tile.dot.lanes
     sums = [[Accumulator(f32(0, lanes), lanes=lanes) for _ in range(2)] for _ in range(tile.parts)]
     with T.serial(blocks) as block:
+        tile.prefetch(block)
         for g in range(2):
             at = block * 2 + g
             inputs = _load_codes(codes, at, lanes)
@@ -180,7 +183,7 @@ def _many_rows(tile: Tile, acts: tuple[Expr, Expr, Expr], n: Expr, blocks: int, 
             put(sums, i * ROWS, f32(0))
         with T.serial(blocks) as block:
             for g in range(2):
-                tile.prefetch(block, g)
+                tile.prefetch(block, g, 2)
                 first = T.bind((block_of_rows * (2 * blocks) + block * 2 + g) * rows)
                 for begin in range(0, tile.parts, together):
                     parts = range(begin, min(begin + together, tile.parts))
