@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from engine.artifact import Package, open_package
+from engine.artifact import open_package
 from engine.core import Limits, Output, Pooling, SamplingParams, Stats, join_outputs
 from engine.reply import Reply
 from engine.runtime.memory import Budget
@@ -25,6 +25,7 @@ from engine.thread import DEFAULT_QUEUE_LIMIT, EngineThread
 
 if TYPE_CHECKING:  # see make_package_engine
     import numpy as np
+    import tokenizers
     from numpy.typing import NDArray
 
     from engine.engine import Engine
@@ -167,8 +168,7 @@ def make_package_engine(
 
         package = open_package(path)
         with ThreadPoolExecutor(1, "tokenizer") as pool:
-            reading = pool.submit(_load_tokenizer, package)
-            from engine.engine import Engine
+            reading = pool.submit(_read_backend, package.root)
             from engine.runtime.pair import load_pair
             from engine.runtime.tvm_executor import TvmExecutor
 
@@ -178,7 +178,12 @@ def make_package_engine(
             else:
                 packages.append(open_package(draft))
                 executor, small = load_pair(package, packages[1], budget)
-            tokenizer = reading.result()
+            from engine.engine import Engine  # meanwhile a thread touches the weights
+            from engine.text.reading import get_marks
+            from engine.text.tokenizer import load_tokenizer
+
+            marks = get_marks(package.manifest.recipes["model"]["chat"])
+            tokenizer = load_tokenizer(package.root, marks=marks, backend=reading.result())
         options: Any = {"prefix_cache": prefix_cache, "draft_tokens": draft_tokens, "draft": small}
         if cache_file is not None:
             from engine.cache_file import CacheFile, make_owner
@@ -189,11 +194,10 @@ def make_package_engine(
     return make
 
 
-def _load_tokenizer(package: Package) -> Tokenizer:
-    from engine.text.reading import get_marks
-    from engine.text.tokenizer import load_tokenizer
+def _read_backend(folder: Path) -> tokenizers.Tokenizer:
+    from engine.text.tokenizer import read_backend
 
-    return load_tokenizer(package.root, marks=get_marks(package.manifest.recipes["model"]["chat"]))
+    return read_backend(folder)
 
 
 def _read_all(reply: Reply) -> Output:

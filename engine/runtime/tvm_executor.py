@@ -54,14 +54,15 @@ class TvmExecutor:
         os.environ.setdefault("TVM_NUM_THREADS", str(count_cores()))  # all read once; TVM alone would take half
         os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", str(SPINS))
         os.environ.setdefault("TVM_BIND_THREADS", "0")  # bound, they leave this process's affinity, and wait for a core
-        from engine.runtime.tvm_runtime import get_wrap, load_library, make_list
-
         library = package.manifest.library
         if library.kv.kind != "tensor":
             raise PackageInvalid(
                 f"{package.root}: this engine runs CPU packages only, and this one is for {library.target['name']}",
                 hint="build one for this machine: doit build target=cpu",
             )
+        self._weights = _map_weights(package)  # first, since a thread then touches them
+        from engine.runtime.tvm_runtime import get_wrap, load_library, make_list
+
         wrap = get_wrap()
         self._inputs = _Inputs(wrap)
         try:
@@ -76,7 +77,6 @@ class TvmExecutor:
         names = ["embed", "batch_prefill", "batch_decode", *{HIDDEN, PICK}.intersection(library.functions)]
         self._functions = {name: self._machine[name] for name in names}
         self._logits: Any = None  # of the latest run
-        self._weights = _map_weights(package)
         self._params = make_list([wrap(self._weights[p.name]) for p in library.params])
         made = limits or self._make_limits(library, budget, draft)
         self.limits: Limits = replace(made, hidden_size=self._find_hidden_size(), picks_tokens=PICK in self._functions)

@@ -9,14 +9,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
 from engine.errors import InvalidRequest, PackageInvalid
 from engine.text.stream import ByteDetokenizer, Detokenizer
-from engine.text.template import ChatTemplate
 from engine.text.token_bytes import TokenBytes
+
+if TYPE_CHECKING:
+    from engine.text.template import ChatTemplate
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -90,20 +92,16 @@ class Tokenizer:
         return self.encode(text, add_special_tokens=False)  # the template has written them
 
 
-def load_tokenizer(folder: Path, *, marks: str = "") -> Tokenizer:
-    """Read tokenizer.json and, where present, the configuration files beside it.
+def load_tokenizer(folder: Path, *, marks: str = "", backend: tokenizers.Tokenizer | None = None) -> Tokenizer:
+    """Read tokenizer.json, unless `backend` is what is in it, and, where present, the configuration files beside it.
 
     Control tokens that occur in `marks` are text: decoded as any other, for those who read calls and thoughts from it.
     End tokens are those of generation_config.json and mlc-chat-config.json and the eos_token of tokenizer_config.json.
     Raises PackageInvalid for files that are missing or cannot be read.
     """
-    path = folder / "tokenizer.json"
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises plain Exception for everything
-        raise PackageInvalid(
-            f"{path}: cannot read the tokenizer: {error}", hint="build the package again: doit build model=..."
-        ) from error
+    from engine.text.template import ChatTemplate  # whose Jinja would keep read_backend waiting
+
+    backend = backend or read_backend(folder)
     config = _load_json(folder / "tokenizer_config.json")
     special = {name: text for name in SPECIAL_TOKENS if (text := _get_text(config.get(name)))}
     ends: list[int | None] = [*_get_ids(folder / "generation_config.json"), *_get_ids(folder / "mlc-chat-config.json")]
@@ -115,6 +113,17 @@ def load_tokenizer(folder: Path, *, marks: str = "") -> Tokenizer:
         end_tokens=end_tokens,
         template=None if source is None else ChatTemplate(source, special),
     )
+
+
+def read_backend(folder: Path) -> tokenizers.Tokenizer:
+    """What is in tokenizer.json. It takes a while, and does not hold Python's lock. Raises PackageInvalid."""
+    path = folder / "tokenizer.json"
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises plain Exception for everything
+        raise PackageInvalid(
+            f"{path}: cannot read the tokenizer: {error}", hint="build the package again: doit build model=..."
+        ) from error
 
 
 def _show(backend: tokenizers.Tokenizer, marks: str, end_tokens: frozenset[int]) -> tokenizers.Tokenizer:
