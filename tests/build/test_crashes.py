@@ -60,7 +60,7 @@ def test_killed_at_two_hundred_moments(forge: Forge, tmp_path: Path) -> None:
         workers = chance.choice((1, 2))
         options = ("-n", "2") if workers == 2 else ()
         pid = forge.start(root, "build", *options, FAKE_LOG=str(root / "log"), FAKE_SLEEP="0.01")
-        time.sleep(chance.uniform(0, 0.6))
+        time.sleep(chance.uniform(0, 0.3))
         with contextlib.suppress(ProcessLookupError):  # it was quicker
             os.kill(pid, signal.SIGKILL)
         done = forge.wait(root)
