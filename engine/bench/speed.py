@@ -205,13 +205,16 @@ class _Runs:
         return min(max(0.0, self._pace.left), self.guess(cases))
 
     def _probe(self, cases: Sequence[Case]) -> set[str]:
-        """A prompt and a step of each program, to guess from what the cases will cost; the cases that these are."""
+        """A prompt and a step of each program, to guess from what the cases will cost; the cases that these are.
+
+        Each twice: a program's first takes up to three times as long as any later.
+        """
         tokens = min(PROBE, self._executor.limits.max_length - 1)
         prompt, step = Case("a prompt", 1, tokens, 0), Case("a step", 1, 1, 0)
         for who in self.names:
             self._report(f"see how fast {who} is")
-            (first,) = self._run(prompt, who, 1, [])
-            self._pace.set_rates(who, Rates(first / tokens, min(self._run(step, who, 2, [])), fills=who != HERE))
+            seconds, step_seconds = (min(self._run(case, who, 2, [])) for case in (prompt, step))
+            self._pace.set_rates(who, Rates(seconds / tokens, step_seconds, fills=who != HERE))
         return {
             case.name for case in cases if replace(case, name="") in (replace(prompt, name=""), replace(step, name=""))
         }

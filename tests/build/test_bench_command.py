@@ -35,7 +35,7 @@ def test_an_interrupted_bench_goes_on(tiny_package: Path, tmp_path: Path) -> Non
     package = packages / tiny_package.name
     package.symlink_to(tiny_package)
     whole, partial = (reports / f"bench-{package.name}{end}" for end in (".json", ".partial.json"))
-    variables = "rounds=9", "cases=decode,prefill-128"
+    variables = "rounds=60", "cases=decode,prefill-128"  # of a few hundredths of a second: so that it is ended in time
     with start(package, *variables) as first:
         until = time.monotonic() + 120
         while not (partial.exists() and json.loads(partial.read_text())["turns"]):
@@ -50,7 +50,7 @@ def test_an_interrupted_bench_goes_on(tiny_package: Path, tmp_path: Path) -> Non
     assert progress.startswith("engine, batch 1, greedy\n")
     left = json.loads(partial.read_text())
     assert not left["complete"]
-    assert 0 < len(left["turns"]) < 18
+    assert 0 < len(left["turns"]) < 120
     assert partial.with_suffix(".txt").read_text().startswith("PARTIAL: tiny/q4f16_1/")
 
     with start(package, *variables) as second:
@@ -60,7 +60,7 @@ def test_an_interrupted_bench_goes_on(tiny_package: Path, tmp_path: Path) -> Non
     assert said.endswith(f"written to artifacts/reports/{whole.name}\n")
     record = json.loads(whole.read_text())
     assert record["turns"][: len(left["turns"])] == left["turns"]
-    assert {f["name"]: f["rounds"] for f in record["figures"]} == {"prefill 128": 9, "decode": 9}
+    assert {f["name"]: f["rounds"] for f in record["figures"]} == {"prefill 128": 60, "decode": 60}
     assert all(f["slowest"] <= f["rate"] <= f["fastest"] for f in record["figures"])
     assert (record["overheads"], record["start"]) == (left["overheads"], left["start"])
     assert len(record["overheads"]) == 6

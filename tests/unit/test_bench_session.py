@@ -106,7 +106,7 @@ def test_cases_that_take_too_long_are_left_out(clock: Clock) -> None:
         (20_000, [c.name for c in cases]),
         (15_000, [c.name for c in cases if c.name != "prefill 2,048"]),
         (3_500, ["prefill 128", "prefill 512", "decode", "decode, batch 4"]),
-        (290, ["decode", "decode, batch 4"]),  # there is no time for three rounds of both
+        (418, ["decode", "decode, batch 4"]),  # there is no time for three rounds of both
         (1, ["decode"]),  # one at least
     ]:
         pace = Pace(seconds, clock)
@@ -114,7 +114,7 @@ def test_cases_that_take_too_long_are_left_out(clock: Clock) -> None:
         speed = measure_speed(TimedExecutor(clock), 3, peers=peers, cases=cases, pace=pace)
         assert [f.name for f in speed.figures] == expected
         assert set(pace.left_out) == {c.name for c in cases} - set(expected)
-        assert clock.now - start < seconds + 150  # what it takes to see how fast it is
+        assert clock.now - start < seconds + 280  # what it takes to see how fast it is
         assert (pace.lacking > 0) == bool(pace.left_out)
     assert pace.left_out["decode at 2,000"] == "a round of it takes about 34 min"
 
@@ -123,7 +123,7 @@ def test_rounds_end_with_the_time(clock: Clock) -> None:
     peer, pace = SlowPeer(clock, 1.0), Pace(600, clock)
     speed = measure_speed(TimedExecutor(clock), 50, peers={"slow": peer}, cases=[Case("decode", 1, 1, 0)], pace=pace)
     (figure,) = speed.figures
-    assert figure.rounds == (600 - 128 - 2 - 1) // 10  # and a moment for our own turns
+    assert figure.rounds == (600 - 256 - 2 - 1) // 10  # and a moment for our own turns
     assert pace.lacking == pytest.approx((50 - figure.rounds) * 10, rel=1e-3)
 
 
@@ -156,8 +156,8 @@ def test_what_runs_and_how_long_it_will_take_is_said(clock: Clock) -> None:
 
 
 def test_an_interrupted_bench_goes_on(make_session: Callable[..., Session], clock: Clock) -> None:
-    """3 runs to see how fast it is, 1 to warm up, 11 a round: the interrupt comes in the decode steps of the second."""
-    peer = SlowPeer(clock, 1.0, ends_after=3 + 1 + 11 + 5)
+    """4 runs to see how fast it is, 1 to warm up, 11 a round: the interrupt comes in the decode steps of the second."""
+    peer = SlowPeer(clock, 1.0, ends_after=4 + 1 + 11 + 5)
     first = make_session()
     with pytest.raises(KeyboardInterrupt):
         first.measure_programs([[make_program(peer)]], 2)
@@ -171,7 +171,7 @@ def test_an_interrupted_bench_goes_on(make_session: Callable[..., Session], cloc
     assert record is not None
     assert load_partial(first.path, {"of": "that"}) is None
     second = make_session(record=record)
-    calls = SlowPeer(clock, 1.0, ends_after=3 + 1 + 10 + 11)  # what is left, and not one more
+    calls = SlowPeer(clock, 1.0, ends_after=4 + 1 + 10 + 11)  # what is left, and not one more
     second.measure_programs([[make_program(calls)]], 2)
     second.finish()
     assert calls.ends_after == 0
