@@ -60,10 +60,12 @@ class Dot:
                 total = products if total is None else T.bind(total + products)
             ones = spread(T.int16(1), 2 * self.lanes)
             return start + tir.call(f"int32x{self.lanes}", self.pairs, total, ones)
-        chains = [start, spread(T.int32(0), self.lanes)]
+        # two chains of sums hide the latency where no other part of the tile does
+        chains = [start] if self.parts > 1 else [start, spread(T.int32(0), self.lanes)]
         for i, (w, x) in enumerate(zip(weights, codes, strict=True)):
-            chains[i % 2] = T.bind(tir.call(f"int32x{self.lanes}", self.instruction, chains[i % 2], w, x))
-        return chains[0] + chains[1]
+            last = chains[i % len(chains)]
+            chains[i % len(chains)] = T.bind(tir.call(f"int32x{self.lanes}", self.instruction, last, w, x))
+        return chains[0] if len(chains) == 1 else chains[0] + chains[1]
 
 
 # By the CPU feature that a target requires, best first; feature names are those of /proc/cpuinfo.
@@ -133,10 +135,8 @@ class Tile:
             return [[T.bind(T.reinterpret(f"int8x{size}", x - zero)) for x in vectors]]
         if self.bits == 8 and not self.dot.pairs:
             return [vectors]
-        low = spread(T.uint8(15), size)
-        shifted = [T.reinterpret(f"uint16x{size // 2}", x) >> spread(T.uint16(4), size // 2) for x in vectors]
-        lower = [T.bind(x & low) for x in vectors]
-        upper = [T.bind(T.reinterpret(f"uint8x{size}", x) & low) for x in shifted]
+        lower = [T.bind(x & spread(T.uint8(15), size)) for x in vectors]
+        upper = [T.bind(x >> spread(T.uint8(4), size)) for x in vectors]
         return [lower, upper] if self.bits == 8 else [lower + upper]
 
     def correct(self, correction: Expr) -> Expr:
@@ -153,6 +153,9 @@ class Tile:
 
 def _load_codes(codes: Expr, at: Expr, lanes: int) -> list[Expr]:
     """The 32 activation codes of entry `at`: eight registers, each with four codes in every lane."""
+    if lanes == 4:  # ARM's products take any lane of a register for all
+        halves = [T.bind(T.reinterpret("int32x4", vec(codes, at * GROUP + h, 16))) for h in (0, 16)]
+        return [T.reinterpret("int8x16", tir.shuffle([half], [v] * 4)) for half in halves for v in range(4)]
     fours = [T.reinterpret("int32", vec(codes, at * GROUP + v * 4, 4)) for v in range(8)]
     return [T.bind(T.reinterpret(f"int8x{4 * lanes}", spread(four, lanes))) for four in fours]
 
