@@ -66,6 +66,8 @@ def test_comma_lists_and_globs_fill_up_from_the_default():
         ({"flags": V4}, "x86-64-v4"),
         ({"flags": V3 + " avx512f avx512_vnni"}, "x86-64-v3"),
         ({"flags": "fp asimd", "arch": "aarch64"}, "aarch64"),
+        ({"flags": "fp asimd asimddp", "arch": "aarch64"}, "aarch64-dotprod"),
+        ({"flags": "fp asimd asimddp i8mm bf16", "arch": "aarch64"}, "aarch64-i8mm"),
     ],
 )
 def test_cpu_is_the_best_that_the_machine_runs(machine, target):
@@ -264,7 +266,7 @@ def test_variants_by_name(write_matrix):
         (
             {"variant": "llama3/q0f16/aarch64", "matrix": "nightly"},
             "unknown variant of the matrix 'llama3/q0f16/aarch64'\n  hint: did you mean llama3/q4f16_1/aarch64 or "
-            "llama3.2-1b/q4f16_1/aarch64 or llama3/q4f16_1/aarch64-dotprod?",
+            "llama3/q4f16_1/aarch64-i8mm or llama3.2-1b/q4f16_1/aarch64?",
         ),
     ],
 )

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from mlcbuild.compiler.kernels import tir
+from mlcbuild.compiler.kernels import linear_mm, tir
 from mlcbuild.compiler.kernels.benchmark import Benchmark, Setting, list_linears
 from mlcbuild.compiler.kernels.quantize_rows import GROUP, LEAST_SCALE, MAX_BLOCK, block_rows, code_args, code_sizes
 from mlcbuild.compiler.kernels.tir import Accumulator, Expr, f32, put, spread, vec
@@ -40,6 +40,7 @@ class Dot:
     parts: int
     instruction: str
     pairs: str = ""
+    squares: str = ""  # of matrix products, for two rows and more: see linear_mm.py
     signed: bool = False  # whether it takes both bytes as signed: those of 8-bit weights less their zero point then
 
     def add_planes(self, planes: Planes, codes: list[Expr], correction: Expr) -> Expr:
@@ -73,6 +74,7 @@ DOTS = {
     "avx_vnni": Dot("avx_vnni", 8, 1, "x86.avx512.vpdpbusd.256"),
     "avx512bw": Dot("avx512bw", 16, 2, "x86.avx512.pmaddubs.w.512", "x86.avx512.pmaddw.d.512"),
     "avx2": Dot("avx2", 8, 1, "x86.avx2.pmadd.ub.sw", "x86.avx2.pmadd.wd"),
+    "i8mm": Dot("i8mm", 4, 2, "aarch64.neon.usdot.v4i32.v16i8", squares="aarch64.neon.usmmla.v4i32.v16i8"),
     "asimddp": Dot("asimddp", 4, 2, "aarch64.neon.sdot.v4i32.v16i8", signed=True),
 }
 
@@ -104,7 +106,8 @@ def make_linear(
                 with T.Then():
                     _one_row(Tile(w, tile, dot, bits), acts, blocks, store)
                 with T.Else():
-                    _many_rows(Tile(w, tile, dot, bits), acts, n, blocks, store)
+                    many = linear_mm.many_rows if dot.squares else _many_rows
+                    many(Tile(w, tile, dot, bits), acts, n, blocks, store)
 
     return tir.make_prim_func(body)
 
