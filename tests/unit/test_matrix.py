@@ -266,7 +266,7 @@ def test_variants_by_name(write_matrix):
         (
             {"variant": "llama3/q0f16/aarch64", "matrix": "nightly"},
             "unknown variant of the matrix 'llama3/q0f16/aarch64'\n  hint: did you mean llama3/q4f16_1/aarch64 or "
-            "llama3/q4f16_1/aarch64-i8mm or llama3.2-1b/q4f16_1/aarch64?",
+            "llama3/q4f16_1/aarch64-v8.2 or llama3/q4f16_1/aarch64-i8mm?",
         ),
     ],
 )
