@@ -104,8 +104,8 @@ class Session:
         self.record |= {"figures": to_record(speed.figures), **asdict(self.samples)}
         half = get_partial(self.path)
         path = self.path if self.record["complete"] else half
-        write_whole(path, json.dumps(self.record, indent=1) + "\n")
         write_whole(path.with_suffix(".txt"), make_text(self.record))
+        write_whole(path, json.dumps(self.record, indent=1) + "\n")
         if path != half:
             for old in (half, half.with_suffix(".txt")):
                 old.unlink(missing_ok=True)
