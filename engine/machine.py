@@ -22,6 +22,19 @@ def count_cores() -> int:
     return len(cores) if quota is None else max(1, min(len(cores), int(quota)))
 
 
+def get_busy_seconds() -> float:
+    """What the cores that this process may use have worked so far, for anybody; 0 where the system does not tell."""
+    if not hasattr(os, "sched_getaffinity"):
+        return 0.0
+    names, total = {f"cpu{cpu}" for cpu in os.sched_getaffinity(0)}, 0
+    for line in (_read(Path("/proc/stat")) or "").splitlines():
+        name, *ticks = line.split()
+        if name in names:
+            user, nice, system, _idle, _waiting, interrupts, soft, *stolen = map(int, ticks)
+            total += user + nice + system + interrupts + soft + sum(stolen[:1])
+    return total / os.sysconf("SC_CLK_TCK")
+
+
 def _get_quota() -> float | None:
     """CPU seconds per second that the control group (version 2, else 1) allows; None where it sets no limit."""
     limits = (_read(CGROUP / "cpu.max") or "").split()

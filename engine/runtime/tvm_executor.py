@@ -22,9 +22,10 @@ from numpy.typing import DTypeLike, NDArray
 
 from engine.artifact import Library, Package, load_weights_index, rebuild_command
 from engine.core import Batch, Draw, Limits
-from engine.errors import PackageInvalid
+from engine.errors import InvalidSetting, PackageInvalid
 from engine.machine import count_cores
 from engine.runtime.memory import Budget, get_free_memory, make_library_limits, make_limits
+from engine.runtime.threads import Threads
 
 HIDDEN, PICK = "batch_prefill_to_last_hidden_states", "pick_tokens"  # what packages that were made before them lack
 HUGE_PAGE = 1 << 21
@@ -61,10 +62,11 @@ class TvmExecutor:
                 hint="build one for this machine: doit build target=cpu",
             )
         self._weights = _map_weights(package)  # first, since a thread then touches them
-        from engine.runtime.tvm_runtime import get_wrap, load_library, make_list
+        from engine.runtime.tvm_runtime import get_wrap, limit_threads, load_library, make_list
 
         wrap = get_wrap()
         self._inputs = _Inputs(wrap)
+        self._threads = Threads(_get_threads(), limit_threads)
         try:
             self._machine = load_library(package.library_path)
         except RuntimeError as error:
@@ -95,12 +97,13 @@ class TvmExecutor:
         rows = len(wanted)
         if not rows:  # the kernels take at least one row
             wanted = np.zeros(1, np.int32)
+        name = "batch_prefill"
         if len(wanted) == tokens:  # every one, since they rise
-            logits, _ = self._functions["batch_decode"](embeds, *where, self._kv, self._params)
+            name, wanted_too = "batch_decode", []
         else:
-            logits, _ = self._functions["batch_prefill"](
-                embeds, self._inputs.put("wanted", wanted), *where, self._kv, self._params
-            )
+            wanted_too = [self._inputs.put("wanted", wanted)]
+        with self._threads.share(name, tokens):
+            logits, _ = self._functions[name](embeds, *wanted_too, *where, self._kv, self._params)
         self._logits = logits
         padded: Any = np.from_dlpack(logits)  # the same memory, which each call takes anew
         out: NDArray[np.float32] = padded[:rows, : self.limits.vocab_size]
@@ -112,12 +115,15 @@ class TvmExecutor:
         rows[:] = list(draws)
         numbers, numbers_tensor = self._inputs.take("draws", (len(draws), len(Draw._fields)), np.float64)
         numbers[:] = list(draws.values())
-        tokens: Any = self._functions[PICK](self._logits, rows_tensor, numbers_tensor)
+        with self._threads.share(PICK, len(draws)):
+            tokens: Any = self._functions[PICK](self._logits, rows_tensor, numbers_tensor)
         return list(np.from_dlpack(tokens).tolist())
 
     def run_hidden(self, batch: Batch) -> NDArray[np.float32]:
         """float32 [len(batch.tokens), hidden_size], which is the caller's to keep."""
-        states, _ = self._functions[HIDDEN](*self._begin(batch), self._kv, self._params)
+        start = self._begin(batch)
+        with self._threads.share(HIDDEN, len(batch.tokens)):
+            states, _ = self._functions[HIDDEN](*start, self._kv, self._params)
         whole: Any = np.from_dlpack(states)
         out: NDArray[np.float32] = whole
         return out
@@ -203,6 +209,14 @@ class TvmExecutor:
                 hint="rebuild the package: doit build model=... quantization=... target=...",
             )
         return str(own["kv"]["dtype"])
+
+
+def _get_threads() -> int:
+    """TVM_NUM_THREADS. Raises InvalidSetting unless it is a number above 0."""
+    value = os.environ["TVM_NUM_THREADS"]
+    if not value.isdigit() or int(value) < 1:
+        raise InvalidSetting(f"TVM_NUM_THREADS={value} is not a number above 0", hint="unset it for all cores")
+    return int(value)
 
 
 class _Inputs:

@@ -19,6 +19,7 @@ from typing import Any
 from engine.errors import PackageInvalid
 
 CPU, FIRST, POOLED = 1, 0, 2  # device type and number as DLPack has them; TVM's allocator that keeps what it frees
+FAST = 1  # the kind of cores that TVM takes first; unbound threads run on any
 
 
 def load_library(path: Path) -> Any:
@@ -37,6 +38,16 @@ def get_wrap() -> Callable[[Any], Any]:
     """What makes TVM's tensor of a numpy array, over the same memory."""
     wrap: Callable[[Any], Any] = _load_runtime().from_dlpack
     return wrap
+
+
+def limit_threads(count: int) -> None:
+    """Let kernels that this thread launches use so many threads from now on, at most TVM_NUM_THREADS."""
+    _get_configure()(FAST, count)
+
+
+@cache
+def _get_configure() -> Any:
+    return _load_runtime().get_global_func("runtime.config_threadpool")
 
 
 @cache

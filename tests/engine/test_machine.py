@@ -1,8 +1,9 @@
-"""How many cores are ours: affinity, hardware threads of one core, and the control group's quota."""
+"""How many cores are ours: affinity, hardware threads of one core, and the control group's quota; how busy they are."""
 
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -57,3 +58,16 @@ def test_systems_without_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: None)
     assert machine.count_cores() == 1
+
+
+def test_busy_seconds_of_this_process_grow() -> None:
+    if not hasattr(os, "sched_getaffinity"):
+        pytest.skip("no /proc/stat here")
+    before, start = machine.get_busy_seconds(), time.process_time()
+    while machine.get_busy_seconds() < before + 0.1:
+        assert time.process_time() < start + 10, "what this process does is not seen"
+
+
+def test_busy_seconds_of_systems_that_do_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert machine.get_busy_seconds() == 0
