@@ -38,9 +38,14 @@ VARIABLES = {
     "peer": "programs to compare with, installed when needed: llama.cpp,openvino",
     "plot": "write a roofline plot, .svg or .png",
     "guesses": "guess so many tokens ahead, from the text and by draft=<model>; instead of all else",
+    "busy": "see what is left while another program takes so many percent of a core, 1 to 100; instead of all else",
     "rows": "time steps of 1 to so many sequences, and mixed batches, instead of all else",
 }
-USUAL = ("minutes", "cases", "peer", "plot")  # mean nothing beside guesses= and rows=
+MEANINGLESS = {  # beside another
+    "rows": ("minutes", "cases", "peer", "plot"),
+    "guesses": ("minutes", "cases", "peer", "plot"),
+    "busy": ("minutes", "peer", "plot"),
+}
 EVERY = 10.0  # seconds between lines of progress where there is no terminal
 
 
@@ -71,6 +76,9 @@ def run_bench(package: Path, variables: Mapping[str, str]) -> None:
     wanted = make_wanted(variables)
     if "rows" in variables:
         print_curve(package, get_count(variables, "rows", 32), wanted.rounds)
+        return
+    if "busy" in variables:
+        print_beside(package, get_count(variables, "busy", 50, most=100), wanted)
         return
     if "guesses" in variables:
         print_guessing(package, variables, wanted.rounds)
@@ -134,8 +142,8 @@ def make_wanted(variables: Mapping[str, str]) -> Wanted:
     from engine.bench.cases import pick_cases
     from engine.bench.plot import check_plot
 
-    for other in ("rows", "guesses"):
-        if other in variables and (meaningless := [name for name in USUAL if name in variables]):
+    for other, names in MEANINGLESS.items():
+        if other in variables and (meaningless := [name for name in names if name in variables]):
             name = meaningless[0]
             raise MlcbuildError(f"{name}= means nothing with {other}=", hint=f"leave {name}= or {other}= out")
     plot = Path(variables["plot"]) if "plot" in variables else None
@@ -158,11 +166,12 @@ def get_minutes(variables: Mapping[str, str], default: float = 10) -> float:
     return minutes
 
 
-def get_count(variables: Mapping[str, str], name: str, default: int) -> int:
-    """A positive number. MlcbuildError for anything else."""
+def get_count(variables: Mapping[str, str], name: str, default: int, most: int | None = None) -> int:
+    """A positive number, `most` at most. MlcbuildError for anything else."""
     value = variables.get(name, str(default))
-    if not value.isdigit() or int(value) < 1:
-        raise MlcbuildError(f"{name}={value} is not a positive number", hint=f"doit bench {name}={default}")
+    if not value.isdigit() or int(value) < 1 or (most is not None and int(value) > most):
+        wanted = "a positive number" if most is None else f"a number from 1 to {most}"
+        raise MlcbuildError(f"{name}={value} is not {wanted}", hint=f"doit bench {name}={default}")
     return int(value)
 
 
@@ -179,6 +188,24 @@ def print_curve(package: Path, most: int, rounds: int) -> None:
     print(f"{'batch':28}{'ms':>9}{'ms/row':>9}{'beside neighbours':>20}")
     for p in points:
         print(f"{p.name:28}{p.milliseconds:9.2f}{p.milliseconds / p.rows:9.3f}{p.beside:20.2f}")
+
+
+def print_beside(package: Path, percent: int, wanted: Wanted) -> None:
+    """Tokens per second of each case alone, and while another program keeps a core busy."""
+    from engine.artifact import open_package
+    from engine.bench.busy import measure_beside
+    from engine.bench.cases import explain_unfit
+    from engine.runtime.tvm_executor import TvmExecutor
+
+    with ExitStack() as stack:
+        executor = TvmExecutor(open_package(package))
+        stack.callback(executor.close)
+        cases = [case for case in wanted.cases if not explain_unfit(case, executor.limits)]
+        report = stack.enter_context(show_progress())
+        found = measure_beside(executor, percent / 100, cases, wanted.rounds, report)
+    print(f"{'tokens/s':24}{'alone':>10}{f'a core {percent} % busy':>22}{'kept':>8}")
+    for f in found:
+        print(f"{f.name:24}{f.alone:10.1f}{f.beside:22.1f}{f.kept:8.2f}")
 
 
 def print_guessing(package: Path, variables: Mapping[str, str], rounds: int) -> None:

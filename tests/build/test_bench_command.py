@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.bench import busy
 from engine.errors import InvalidSetting
 from mlcbuild.errors import MlcbuildError
 from tasks.bench import make_wanted, run_bench
@@ -21,6 +22,13 @@ import sys
 from pathlib import Path
 from tasks.bench import run_bench
 run_bench(Path(sys.argv[1]), dict(word.split("=") for word in sys.argv[2:]))
+"""
+KEEP = """
+import time
+from engine.bench.busy import keep_busy
+with keep_busy(0.5) as process:
+    print(process.pid, flush=True)
+    time.sleep(60)
 """
 
 
@@ -80,6 +88,7 @@ def test_an_interrupted_bench_goes_on(tiny_package: Path, tmp_path: Path) -> Non
         ({"rounds": "0"}, "rounds=0 is not a positive number\n  hint: doit bench rounds=5"),
         ({"rows": "4", "peer": "openvino"}, "peer= means nothing with rows=\n  hint: leave peer= or rows= out"),
         ({"guesses": "4", "minutes": "1"}, "minutes= means nothing with guesses=\n  hint: leave minutes= or guesses= "),
+        ({"busy": "50", "peer": "openvino"}, "peer= means nothing with busy=\n  hint: leave peer= or busy= out"),
         ({"plot": "x.gif"}, "plot=x.gif is no kind of picture\n  hint: plot=x.svg"),
     ],
 )
@@ -87,6 +96,42 @@ def test_variables_that_mean_nothing_are_refused(variables: dict[str, str], mess
     with pytest.raises((MlcbuildError, InvalidSetting)) as caught:
         make_wanted(variables)
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("percent", ["0", "half", "101"])
+def test_what_no_core_can_be_busy(tiny_package: Path, percent: str) -> None:
+    with pytest.raises(
+        MlcbuildError, match=f"^busy={percent} is not a number from 1 to 100\n  hint: doit bench busy=50$"
+    ):
+        run_bench(tiny_package, {"busy": percent})
+
+
+def test_beside_a_busy_core(
+    tiny_package: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(busy, "SECONDS", 0.2)
+    monkeypatch.setattr(busy, "SETTLE", 0.1)
+    run_bench(tiny_package, {"busy": "100", "cases": "decode,prefill-2048", "rounds": "2"})
+    title, decode = capsys.readouterr().out.splitlines()  # tiny's context has no room for the other
+    assert title.split() == ["tokens/s", "alone", "a", "core", "100", "%", "busy", "kept"]
+    name, alone, beside, kept = decode.split()
+    assert name == "decode"
+    assert min(float(alone), float(beside), float(kept)) > 0
+
+
+def test_the_other_program_works_as_much_as_it_is_told_and_ends_with_its_parent() -> None:
+    with subprocess.Popen([sys.executable, "-c", KEEP], stdout=subprocess.PIPE, text=True, cwd=ROOT) as parent:
+        assert parent.stdout is not None
+        stat = Path(f"/proc/{parent.stdout.readline().strip()}/stat")
+        start = time.monotonic()
+        while int(stat.read_text().split()[13]) < 30:  # hundredths of a second
+            time.sleep(0.02)
+        assert time.monotonic() - start > 0.4
+        parent.kill()
+    until = time.monotonic() + 60
+    while stat.exists():
+        assert time.monotonic() < until
+        time.sleep(0.02)
 
 
 def test_an_unknown_peer_is_refused_before_anything_is_loaded(tiny_package: Path) -> None:
