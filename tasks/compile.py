@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from mlcbuild.graph.action import Action, Context
 from mlcbuild.graph.plan import Build, Plan
 
-# What of a target recipe is for choosing it, and changes no library.
-CHOICE = {"description", "rank", "default", "provides", "levels"}
+# What of a target recipe is for choosing it, and changes no library; of a tuning its values do, and not its name.
+CHOICE = {"description", "rank", "default", "provides", "levels", "tuning"}
 
 
 def make_actions(plan: Plan) -> Iterator[Action]:

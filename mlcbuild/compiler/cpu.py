@@ -61,7 +61,7 @@ class Linear(nn.Module):
         super().__init__()
         q, layout = where.q, where.layout
         self.shape, self.q, self.layout = (out_features, in_features), q, layout
-        self.dot, self.avx512 = where.dot, where.avx512
+        self.dot, self.avx512, self.knobs = where.dot, where.avx512, where.knobs
         self.rounds = where.rounds and in_features % round_rows.CHUNK == 0
         self.packed = list(get_layout(layout).storage(q, self.shape))
         for suffix, spec in get_layout(layout).storage(q, self.shape).items():
@@ -84,11 +84,14 @@ class Linear(nn.Module):
         if self.rounds:
             kernel = _kernel(linear_bf16.make_linear, rows, columns, self.q, **has)
         elif self.layout != TILES:
-            kernel = _kernel(linear_rows16.make_linear, rows, columns, self.q, avx512=self.avx512, **has)
+            tuned = {**has, "knobs": self.knobs.get("linear_rows16")}
+            kernel = _kernel(linear_rows16.make_linear, rows, columns, self.q, avx512=self.avx512, **tuned)
         elif self.dot is None:
-            kernel = _kernel(linear_vnni.make_linear, rows, columns, bits=self.q.bits, **has)
+            tuned = {**has, "knobs": self.knobs.get("linear_vnni")}
+            kernel = _kernel(linear_vnni.make_linear, rows, columns, bits=self.q.bits, **tuned)
         else:
-            kernel = _kernel(linear_dot.make_linear, rows, columns, self.dot, bits=self.q.bits, **has)
+            tuned = {**has, "knobs": self.knobs.get("linear_dot")}
+            kernel = _kernel(linear_dot.make_linear, rows, columns, self.dot, bits=self.q.bits, **tuned)
         args = [*self.weights(), *inputs] + ([self.bias] if self.bias is not None else [])
         name, y = f"linear_{rows}x{columns}", _out([n, -(-rows // 16) * 16])
         if residual is None:
@@ -99,7 +102,8 @@ class Linear(nn.Module):
 
     def _gated(self, args: list[Any]) -> list[Tensor]:
         rows, columns = self.shape
-        kernel = _kernel(linear_gated.make_gated, rows, columns, bits=self.q.bits)
+        knobs = self.knobs.get("linear_vnni")
+        kernel = _kernel(linear_gated.make_gated, rows, columns, bits=self.q.bits, knobs=knobs)
         return make_codes(kernel, f"linear_{rows}x{columns}_silu_mul_quantize", rows // 2, args[0], args)
 
     def _quantized(self, x: Tensor) -> list[Tensor]:
@@ -300,11 +304,11 @@ class CpuLowering:
 
     `zero`: the code of weight 0, which activations rounded to int8 are corrected by; None: they stay as they are.
     `rounds`: whether matmuls over `rows16` round their inputs to bfloat16. `avx512`: whether its registers have 512
-    bits. `kv_dtype`: of the KV cache's pages.
+    bits. `kv_dtype`: of the KV cache's pages. `knobs`: those of the target's tuning, by kernel.
     """
 
     def __init__(self, target: Target, quantization: Quantization, layout: str, dot: linear_dot.Dot | None) -> None:
-        self.q, self.layout, self.dot = quantization, layout, dot
+        self.q, self.layout, self.dot, self.knobs = quantization, layout, dot, target.knobs
         self.avx512, self.vnni = "avx512f" in target.requires, "avx512_vnni" in target.requires
         self.rounds = layout != TILES and linear_bf16.is_chosen(quantization, target.requires)
         self.kv_dtype = choose_dtype(quantization, target.requires)

@@ -15,7 +15,7 @@ from mlcbuild.graph.code import find_module
 from mlcbuild.graph.versions import PROGRAM
 
 # A parameter is called as in its recipe: what it lies in goes without saying.
-CONTAINERS = frozenset({"config", "limits", "model", "quantization", "recipes", "target"})
+CONTAINERS = frozenset({"config", "knobs", "limits", "model", "quantization", "recipes", "target"})
 # Fields that identify the recipe they lie in: `quantization q4f16_1 -> q0f16`.
 IDENTITIES = frozenset({"name"})
 LONGEST = 60  # characters of a value

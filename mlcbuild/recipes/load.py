@@ -20,7 +20,7 @@ from mlcbuild.recipes.names import get_nearest, make_name_error
 
 if TYPE_CHECKING:
     from mlcbuild.recipes.reader import Document
-    from mlcbuild.recipes.schema import Matrix, ModelRecipe, Quantization, Target
+    from mlcbuild.recipes.schema import Matrix, ModelRecipe, Quantization, Target, Tuning
 
 RecipeT = TypeVar("RecipeT")
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
@@ -72,6 +72,7 @@ class Recipes:
             root / "quantizations", "quantizations", "quantization"
         )
         self.targets: RecipeFolder[Target] = RecipeFolder(root / "targets", "targets", "target")
+        self.tunings: RecipeFolder[Tuning] = RecipeFolder(root / "tunings", "tunings", "tuning")
         self.matrices: RecipeFolder[Matrix] = RecipeFolder(root / "matrices", "matrices", "matrix")
 
     def get_path(self, relative: str) -> Path:
@@ -118,7 +119,7 @@ def load_recipe(path: Path, kind: str) -> Any:
     except ValidationError as error:
         raise explain(document, error.errors(), list_known_keys(KINDS[kind], error)) from error
     check_names(document, kind, recipe)
-    return recipe
+    return apply_tuning(document, cast("Target", recipe)) if kind == "targets" else recipe
 
 
 def check_header(document: Document, kind: str) -> None:
@@ -135,6 +136,10 @@ def check_header(document: Document, kind: str) -> None:
     if "name" in document.data:
         raise document.make_error("the name of a recipe is its file name: remove this key", ("name",), key=True)
     source = document.data.get("source")
+    if kind == "targets" and "knobs" in document.data:
+        raise document.make_error(
+            "'knobs' is not for targets", ("knobs",), key=True, hint="write them into a file in recipes/tunings/"
+        )
     for key in ("random", "seed"):
         if isinstance(source, dict) and key in source:
             raise document.make_error(
@@ -153,6 +158,17 @@ def apply_lock(document: Document, data: dict[str, Any]) -> None:
     locked = load_document(lock)
     if locked.data.get("repo") == source.get("repo"):
         data["source"] = {**source, "revision": locked.data.get("revision")}
+
+
+def apply_tuning(document: Document, target: Target) -> Target:
+    """The target with the knobs of its tuning: the one that it names, else that of its own name, if there is one."""
+    folder = document.path.parents[1] / "tunings"
+    path = folder / f"{target.tuning or target.name}.yaml"
+    if path.exists():
+        return target.model_copy(update={"knobs": load_recipe(path, "tunings").kernels})
+    if target.tuning is not None:
+        check_known(document, ("tuning",), "tuning", target.tuning, sorted(file.stem for file in folder.glob("*.yaml")))
+    return target
 
 
 def list_known_keys(model: type[Any], error: Any) -> dict[tuple[str | int, ...], list[str]]:
@@ -183,15 +199,37 @@ def check_names(document: Document, kind: str, recipe: Any) -> None:
     from mlcbuild.models import known_families
     from mlcbuild.quantization import list_layouts, list_methods
 
-    named: list[tuple[tuple[str | int, ...], str, str, list[str]]] = []
     if kind == "models":
-        named.append((("family",), "model family", recipe.family, known_families()))
+        check_known(document, ("family",), "model family", recipe.family, known_families())
     elif kind == "quantizations":
-        named.append((("method",), "quantization method", recipe.method, list_methods()))
+        check_known(document, ("method",), "quantization method", recipe.method, list_methods())
     elif kind == "targets":
-        named += [(("layouts", i), "weight layout", name, list_layouts()) for i, name in enumerate(recipe.layouts)]
-    for at, what, name, known in named:
-        if name not in known:
-            nearest = get_nearest(name, known)
-            end = f", did you mean '{nearest[0]}'?" if nearest else f" (known: {', '.join(known)})"
-            raise document.make_error(f"unknown {what} '{name}'{end}", at)
+        for i, name in enumerate(recipe.layouts):
+            check_known(document, ("layouts", i), "weight layout", name, list_layouts())
+    elif kind == "tunings":
+        check_knobs(document, recipe)
+
+
+def check_knobs(document: Document, tuning: Tuning) -> None:
+    """Raise RecipeError for a kernel that has no knobs, for a knob that it lacks, and for a value that is no choice."""
+    from mlcbuild.compiler.kernels.knobs import load_knobs
+
+    declared = load_knobs()
+    for kernel, values in tuning.kernels.items():
+        check_known(document, ("kernels", kernel), "kernel", kernel, list(declared), key=True)
+        for name, value in values.items():
+            at = ("kernels", kernel, name)
+            check_known(document, at, f"knob of {kernel}", name, list(declared[kernel]), key=True)
+            choices = declared[kernel][name].choices
+            if value not in choices:
+                raise document.make_error(f"{name}: {value} is not one of {', '.join(map(str, choices))}", at)
+
+
+def check_known(
+    document: Document, at: tuple[str | int, ...], what: str, name: str, known: list[str], *, key: bool = False
+) -> None:
+    """Raise RecipeError with the place of `name` and the nearest known one, unless it is known."""
+    if name not in known:
+        nearest = get_nearest(name, known)
+        end = f", did you mean '{nearest[0]}'?" if nearest else f" (known: {', '.join(known)})"
+        raise document.make_error(f"unknown {what} '{name}'{end}", at, key=key)

@@ -1,4 +1,4 @@
-"""What a recipe may say: models, quantizations, targets and matrices, as frozen pydantic models.
+"""What a recipe may say: models, quantizations, targets, tunings and matrices, as frozen pydantic models.
 
 Every step receives these as plain data: `recipe.model_dump(mode="json")` on one side, `Recipe.model_validate(params)`
 on the other. Unknown keys are refused. Validation is strict (no "32" for 32), so a dump always reads back equal.
@@ -148,8 +148,24 @@ class Target(Recipe):
     levels: list[str] = Field(
         default_factory=list, description="better targets whose libraries the package holds too, best first"
     )
+    tuning: str | None = Field(
+        default=None, description="file in recipes/tunings/; by default the one of the target's name, if there is one"
+    )
+    knobs: SkipJsonSchema[dict[str, dict[str, int]]] = Field(
+        default_factory=dict, description="what the tuning says; only set by it"
+    )
     rank: int = Field(default=0, description="target=<kind> picks the highest rank that this machine can run")
     default: bool = Field(default=False, description="what target=<kind> means where no device of the kind is present")
+
+
+class Tuning(Recipe):
+    """Values of the CPU kernels' knobs, as ./doit tune measured them; what is left out has the kernel's own default."""
+
+    name: str
+    description: str = Field(default="", description="the processor that it was measured on, and what came of it")
+    kernels: dict[str, dict[str, int]] = Field(
+        description="by kernel (a file in mlcbuild/compiler/kernels/) and knob (declared there, with its choices)"
+    )
 
 
 class Cell(Recipe):
@@ -209,5 +225,6 @@ KINDS: dict[str, type[Recipe]] = {
     "models": ModelRecipe,
     "quantizations": Quantization,
     "targets": Target,
+    "tunings": Tuning,
     "matrices": Matrix,
 }

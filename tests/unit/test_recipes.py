@@ -12,7 +12,7 @@ import pytest
 from mlcbuild.errors import RecipeError, UnknownNameError
 from mlcbuild.recipes.json_schema import make_files
 from mlcbuild.recipes.load import load_recipes
-from mlcbuild.recipes.schema import KINDS, Source
+from mlcbuild.recipes.schema import KINDS, Source, Target
 
 ROOT = Path(__file__).parents[2] / "recipes"
 
@@ -165,6 +165,62 @@ recipes/targets/bad.yaml:4:19: unknown weight layout 'rows-16', did you mean 'ro
 )
 def test_mistakes_in_a_target(project, old, new, text):
     assert read_error(project, "bad.yaml", TARGET.replace(old, new), "targets") == text
+
+
+TUNING = """\
+description: a processor
+kernels:
+  linear_dot:
+    bits4_ahead: 16
+"""
+KERNEL = """\
+recipes/tunings/bad.yaml:3:3: unknown kernel 'linear_dt', did you mean 'linear_dot'?
+    linear_dt:
+    ^"""
+KNOB = """\
+recipes/tunings/bad.yaml:4:5: unknown knob of linear_dot 'bit4_ahead', did you mean 'bits4_ahead'?
+      bit4_ahead: 16
+      ^"""
+CHOICE = """\
+recipes/tunings/bad.yaml:4:18: bits4_ahead: 17 is not one of 8, 12, 16, 20, 28, 40
+      bits4_ahead: 17
+                   ^"""
+FRACTION = """\
+recipes/tunings/bad.yaml:4:18: bits4_ahead: input should be a valid integer, not 1.5
+      bits4_ahead: 1.5
+                   ^"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "text"),
+    [
+        ("linear_dot", "linear_dt", KERNEL),
+        ("bits4", "bit4", KNOB),
+        ("16", "17", CHOICE),
+        ("16", "1.5", FRACTION),
+    ],
+    ids=["kernel", "knob", "choice", "fraction"],
+)
+def test_mistakes_in_a_tuning(project, old, new, text):
+    assert read_error(project, "bad.yaml", TUNING.replace(old, new), "tunings") == text
+
+
+def test_a_target_has_the_knobs_of_its_tuning(project):
+    (project / "targets" / "a.yaml").write_text(TARGET)
+    (project / "targets" / "b.yaml").write_text(f"{TARGET}tuning: a\n")
+    assert load_recipes(project).targets["a"].knobs == {}
+    (project / "tunings" / "a.yaml").write_text(TUNING)
+    for name in ("a", "b"):
+        target = load_recipes(project).targets[name]
+        assert target.knobs == {"linear_dot": {"bits4_ahead": 16}}
+        assert Target.model_validate(json.loads(json.dumps(target.model_dump(mode="json")))) == target
+    assert read_error(project, "c.yaml", f"{TARGET}tuning: aa\n", "targets") == (
+        "recipes/targets/c.yaml:5:9: unknown tuning 'aa', did you mean 'a'?\n  tuning: aa\n          ^"
+    )
+    assert read_error(project, "d.yaml", f"{TARGET}knobs: {{}}\n", "targets") == (
+        "recipes/targets/d.yaml:5:1: 'knobs' is not for targets\n  knobs: {}\n  ^\n"
+        "  hint: write them into a file in recipes/tunings/"
+    )
 
 
 def test_unknown_method(project):

@@ -18,7 +18,8 @@ MOST_SEQUENCES = 64  # of one batch: attention and logits see no more rows
 class Setting:
     """What benchmarks are made for: a model's shape, its quantization, and the CPU features that a target requires.
 
-    `rows`: how many rows, or sequences, a kernel meets; `context`: earlier tokens of each sequence.
+    `rows`: how many rows, or sequences, a kernel meets; `context`: earlier tokens of each sequence; `knobs`: those of a
+    tuning, by kernel (see knobs.py).
     """
 
     hidden: int
@@ -31,6 +32,7 @@ class Setting:
     requires: Collection[str]
     rows: tuple[int, ...]
     context: int
+    knobs: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     @property
     def matrices(self) -> dict[str, tuple[int, int]]:

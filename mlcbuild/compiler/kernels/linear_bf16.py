@@ -19,12 +19,14 @@ from tvm.script.ir_builder import tirx as T
 
 from mlcbuild.compiler.kernels import bf16, tir
 from mlcbuild.compiler.kernels.benchmark import Benchmark, Setting, list_linears
-from mlcbuild.compiler.kernels.linear_rows16 import AHEAD, get_reader, make_reader
+from mlcbuild.compiler.kernels.linear_rows16 import get_reader, make_reader
 from mlcbuild.compiler.kernels.quantize_rows import MAX_BLOCK, block_rows
 from mlcbuild.compiler.kernels.round_rows import CHUNK, rounded_size
 from mlcbuild.compiler.kernels.tir import LANES, Accumulator, Expr, f32, fma, put, vec
 from mlcbuild.quantization.layouts.rows16 import storage
 from mlcbuild.recipes.schema import Quantization
+
+AHEAD = 8192  # bytes of a tile asked for in advance
 
 
 def is_chosen(q: Quantization, requires: Collection[str]) -> bool:

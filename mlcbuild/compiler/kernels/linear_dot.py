@@ -8,7 +8,7 @@ Where products of full bytes would overflow, an 8-bit code is taken as two of 4 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from tvm import tirx
@@ -16,6 +16,7 @@ from tvm.script.ir_builder import tirx as T
 
 from mlcbuild.compiler.kernels import linear_mm, tir
 from mlcbuild.compiler.kernels.benchmark import Benchmark, Setting, list_linears
+from mlcbuild.compiler.kernels.knobs import fill_in
 from mlcbuild.compiler.kernels.quantize_rows import GROUP, LEAST_SCALE, MAX_BLOCK, block_rows, code_args, code_sizes
 from mlcbuild.compiler.kernels.tir import Accumulator, Expr, f32, put, spread, vec
 from mlcbuild.quantization.group import get_zero
@@ -24,7 +25,11 @@ from mlcbuild.quantization.layouts.rows16 import ROWS
 
 Planes = list[list[Expr]]  # registers of codes by place value: ones, and sixteens if there are two
 
-AHEAD = 20  # blocks of weights asked for in advance
+# Blocks of weights asked for in advance, by their bits
+KNOBS = {
+    "bits4_ahead": {"default": 20, "choices": [8, 12, 16, 20, 28, 40], "rows": [1, 8]},
+    "bits8_ahead": {"default": 20, "choices": [4, 8, 12, 16, 20, 28], "rows": [1, 8]},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +90,21 @@ def choose_dot(features: Collection[str]) -> Dot | None:
 
 
 def make_linear(
-    out_features: int, in_features: int, dot: Dot, *, bits: int, bias: bool, residual: bool
+    out_features: int,
+    in_features: int,
+    dot: Dot,
+    *,
+    bits: int,
+    bias: bool,
+    residual: bool,
+    knobs: Mapping[str, int] | None = None,
 ) -> tirx.PrimFunc:
     """PrimFunc (tiles uint8, codes, scales, corrections, [bias f32 [N]], y f32 [n, N']) with N' = N rounded up to 16.
 
-    With `residual` y is added to in place, else it is written.
+    With `residual` y is added to in place, else it is written. `knobs`: values of some of KNOBS.
     """
     tiles, blocks = -(-out_features // ROWS), -(-in_features // 64)
+    ahead = fill_in(KNOBS, knobs)[f"bits{bits}_ahead"]
 
     def body() -> None:
         n = tir.size("n")
@@ -104,19 +117,19 @@ def make_linear(
             tir.begin()
             with T.parallel(tiles) as tile, T.If(n == 1):
                 with T.Then():
-                    _one_row(Tile(w, tile, dot, bits), acts, blocks, store)
+                    _one_row(Tile(w, tile, dot, bits, ahead), acts, blocks, store)
                 with T.Else():
                     many = linear_mm.many_rows if dot.squares else _many_rows
-                    many(Tile(w, tile, dot, bits), acts, n, blocks, store)
+                    many(Tile(w, tile, dot, bits, ahead), acts, n, blocks, store)
 
     return tir.make_prim_func(body)
 
 
 class Tile:
-    """Sixteen rows of weights, read in parts of `dot.lanes` rows."""
+    """Sixteen rows of weights, read in parts of `dot.lanes` rows, `ahead` blocks asked for in advance."""
 
-    def __init__(self, w: Expr, tile: Expr, dot: Dot, bits: int) -> None:
-        self.w, self.tile, self.dot, self.bits = w, tile, dot, bits
+    def __init__(self, w: Expr, tile: Expr, dot: Dot, bits: int, ahead: int) -> None:
+        self.w, self.tile, self.dot, self.bits, self.ahead = w, tile, dot, bits, ahead
         self.parts = ROWS // dot.lanes
 
     def load(self, block: Expr, at: Expr, count: int) -> Expr:
@@ -151,7 +164,7 @@ class Tile:
         """Ask for lines of a later block."""
         size = get_block_bytes(self.bits)
         for line in range(begin, size // 64, step):
-            tir.prefetch(T.address_of(self.w[self.tile, block, AHEAD * size + line * 64]))
+            tir.prefetch(T.address_of(self.w[self.tile, block, self.ahead * size + line * 64]))
 
 
 def _load_codes(codes: Expr, at: Expr, lanes: int) -> list[Expr]:
@@ -230,6 +243,7 @@ def list_benchmarks(s: Setting) -> Iterator[Benchmark]:
     if dot is not None and accepts(s.quantization):
 
         def make(width: int, inner: int, residual: bool) -> tirx.PrimFunc:
-            return make_linear(width, inner, dot, bits=s.quantization.bits, bias=False, residual=residual)
+            knobs = s.knobs.get("linear_dot")
+            return make_linear(width, inner, dot, bits=s.quantization.bits, bias=False, residual=residual, knobs=knobs)
 
         yield from list_linears(s, make, code_sizes, ("tiles",), "int8")

@@ -14,7 +14,7 @@ from tvm.script.ir_builder import tirx as T
 from mlcbuild.compiler.kernels import tir
 from mlcbuild.compiler.kernels.benchmark import Benchmark, Setting
 from mlcbuild.compiler.kernels.elementwise import silu
-from mlcbuild.compiler.kernels.linear_vnni import add_products, choose_path, few_rows, get_total
+from mlcbuild.compiler.kernels.linear_vnni import Knobs, Pace, add_products, choose_path, few_rows, get_total
 from mlcbuild.compiler.kernels.quantize_rows import (
     GROUP,
     MAX_BLOCK,
@@ -34,15 +34,17 @@ def can_gate(out_features: int) -> bool:
     return out_features % (2 * GROUP) == 0
 
 
-def make_gated(out_features: int, in_features: int, *, bits: int) -> tirx.PrimFunc:
+def make_gated(out_features: int, in_features: int, *, bits: int, knobs: Knobs = None) -> tirx.PrimFunc:
     """PrimFunc (n int64, tiles uint8, codes, scales, corrections, and those of the result, named `gated_*`).
 
     The first half of the outputs is the gate. Codes of n rows are read, and n rows of out_features / 2 codes written.
+    The knobs are those of linear_vnni.py.
     """
     width, blocks = out_features // 2, -(-in_features // 64)
     half, whole, per_row = width // 16, width // GROUP, groups(width)
     # For few rows weights come in long runs, first of gate, then of up: where one ends, reading starts anew
     runs = max(c for c in range(1, 17) if whole % c == 0)
+    pace = Pace(bits, knobs)
 
     def body() -> None:
         n = T.arg("n", T.int64())
@@ -66,7 +68,7 @@ def make_gated(out_features: int, in_features: int, *, bits: int) -> tirx.PrimFu
                     def keep(m: Expr, _tile: Expr, value: Expr) -> None:
                         put(products, place + m * 64, value)
 
-                    few_rows(w, bits, acts, n, most, part * half + run * (2 * count) + i, keep)
+                    few_rows(w, pace, acts, n, most, part * half + run * (2 * count) + i, keep)
                 with T.serial(count) as i:
                     group = T.bind(run * count + i)
                     for m in range(most):
@@ -83,7 +85,7 @@ def make_gated(out_features: int, in_features: int, *, bits: int) -> tirx.PrimFu
                     with T.serial(2) as r:
                         for parts in [[0, 1]] if both else [[0], [1]]:
                             tiles = [part * half + group * 2 + r for part in parts]
-                            add_products(w, bits, acts, block_of_rows, rows, tiles, 0, sums)
+                            add_products(w, pace, acts, block_of_rows, rows, tiles, 0, sums)
                             with T.serial(rows) as m:
                                 at = m * GROUP + r * 16
                                 totals = [get_total(sums, m * len(parts) + i) for i in range(len(parts))]
@@ -104,7 +106,7 @@ def make_gated(out_features: int, in_features: int, *, bits: int) -> tirx.PrimFu
 def list_benchmarks(s: Setting) -> Iterator[Benchmark]:
     """Gate and up, for targets with AVX-512 VNNI."""
     if "avx512_vnni" in s.requires and accepts(s.quantization):
-        kernel = make_gated(2 * s.wide, s.hidden, bits=s.quantization.bits)
+        kernel = make_gated(2 * s.wide, s.hidden, bits=s.quantization.bits, knobs=s.knobs.get("linear_vnni"))
         for n in s.rows:
             results = {f"gated_{name}": size for name, size in code_sizes(n, s.wide).items()}
             yield Benchmark(

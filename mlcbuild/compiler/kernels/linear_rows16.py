@@ -11,7 +11,7 @@ rows16_<method>.py knows how a quantization method is stored.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from tvm import tirx
@@ -19,12 +19,14 @@ from tvm.script.ir_builder import tirx as T
 
 from mlcbuild.compiler.kernels import tir
 from mlcbuild.compiler.kernels.benchmark import Benchmark, Setting, list_linears
+from mlcbuild.compiler.kernels.knobs import fill_in
 from mlcbuild.compiler.kernels.tir import Accumulator, Expr, f32, fma, put, spread, vec
 from mlcbuild.quantization.layouts.rows16 import accepts, storage
 from mlcbuild.recipes.schema import Quantization
 
 MAX_BLOCK = 64  # rows of a block
-AHEAD = 8192  # bytes of a tile asked for in advance
+# Bytes of a tile asked for in advance
+KNOBS = {"ahead": {"default": 8192, "choices": [2048, 4096, 8192, 12288, 16384], "rows": [1, 8]}}
 
 
 def get_reader(method: str) -> Any:
@@ -38,13 +40,22 @@ def make_reader(tiles: int, in_features: int, q: Quantization, *, avx512: bool =
 
 
 def make_linear(
-    out_features: int, in_features: int, q: Quantization, *, avx512: bool, bias: bool, residual: bool
+    out_features: int,
+    in_features: int,
+    q: Quantization,
+    *,
+    avx512: bool,
+    bias: bool,
+    residual: bool,
+    knobs: Mapping[str, int] | None = None,
 ) -> tirx.PrimFunc:
     """PrimFunc (weights..., x f32 [n, K], [bias f32 [N]], y f32 [n, N']) with N' = N rounded up to 16.
 
-    With `residual` y is added to in place, else it is written. With `avx512` registers hold two tiles at once.
+    With `residual` y is added to in place, else it is written. With `avx512` registers hold two tiles at once. `knobs`:
+    values of some of KNOBS.
     """
     tiles = -(-out_features // 16)
+    ahead = fill_in(KNOBS, knobs)["ahead"]
     pair = 2 if avx512 and tiles % 2 == 0 else 1
 
     def body() -> None:
@@ -59,17 +70,17 @@ def make_linear(
             tir.begin()
             with T.parallel(tiles // pair) as t, T.If(n == 1):
                 with T.Then(), T.serial(pair) as r:
-                    _one_row(weights, x, t * pair + r, in_features, store)
+                    _one_row(weights, x, ahead, t * pair + r, in_features, store)
                 with T.Else():
-                    _many_rows(weights, x, n, [t * pair + r for r in range(pair)], in_features, store)
+                    _many_rows(weights, x, ahead, n, [t * pair + r for r in range(pair)], in_features, store)
 
     return tir.make_prim_func(body)
 
 
-def _one_row(weights: Any, x: Expr, tile: Expr, k: int, store: Callable[..., None]) -> None:
+def _one_row(weights: Any, x: Expr, ahead: int, tile: Expr, k: int, store: Callable[..., None]) -> None:
     total = Accumulator()
     with T.serial(k // 8) as k8:
-        weights.prefetch(tile, k8 + AHEAD // weights.step)
+        weights.prefetch(tile, k8 + ahead // weights.step)
         inputs = [spread(x[0, k8 * 8 + i]) for i in range(8)]
         total.set(_add_eight(total.get(), inputs, *weights.eight(tile, k8)))
     store(0, tile, total.get())
@@ -84,7 +95,9 @@ def _add_eight(total: Expr, inputs: list[Expr], eight: list[Expr], scale: Expr |
     return total + part if scale is None else fma(part, scale, total)
 
 
-def _many_rows(weights: Any, x: Expr, n: Expr, tiles: list[Expr], k: int, store: Callable[..., None]) -> None:
+def _many_rows(
+    weights: Any, x: Expr, ahead: int, n: Expr, tiles: list[Expr], k: int, store: Callable[..., None]
+) -> None:
     sums = tir.scratch(MAX_BLOCK * len(tiles) * 16)
     with T.serial((n + (MAX_BLOCK - 1)) // MAX_BLOCK) as block:
         first = T.bind(block * MAX_BLOCK)
@@ -94,7 +107,7 @@ def _many_rows(weights: Any, x: Expr, n: Expr, tiles: list[Expr], k: int, store:
         with T.serial(k // 8) as k8:
             eights = []
             for tile in tiles:
-                weights.prefetch(tile, k8 + AHEAD // weights.step)
+                weights.prefetch(tile, k8 + ahead // weights.step)
                 eights.append(weights.eight(tile, k8))
             with T.serial(rows) as m:
                 inputs = [T.bind(spread(x[first + m, k8 * 8 + i])) for i in range(8)]
@@ -111,7 +124,8 @@ def list_benchmarks(s: Setting) -> Iterator[Benchmark]:
 
     def make(width: int, inner: int, residual: bool) -> tirx.PrimFunc:
         avx512 = "avx512f" in s.requires
-        return make_linear(width, inner, s.quantization, avx512=avx512, bias=False, residual=residual)
+        has = {"bias": False, "residual": residual}
+        return make_linear(width, inner, s.quantization, avx512=avx512, knobs=s.knobs.get("linear_rows16"), **has)
 
     if accepts(s.quantization):
         packed = len(storage(s.quantization, (16, s.hidden)))

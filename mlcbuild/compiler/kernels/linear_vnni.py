@@ -11,34 +11,55 @@ odd groups apart and in the same order: a row's result is the same to the last b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from mlcbuild.compiler.kernels import tir
 from mlcbuild.compiler.kernels.benchmark import Benchmark, Setting, list_linears
+from mlcbuild.compiler.kernels.knobs import fill_in
 from mlcbuild.compiler.kernels.quantize_rows import GROUP, LEAST_SCALE, MAX_BLOCK, block_rows, code_args, code_sizes
 from mlcbuild.compiler.kernels.tir import F32, I32, Accumulator, Expr, f32, fma, put, spread, vec
 from mlcbuild.quantization.layouts.int8_16x64 import SCALE_BYTES, accepts, get_block_bytes
 
 ONE = 127 << 23  # the bits of 1.0
 FEW = 8  # rows that are done before the next 8-bit weights are here: two tiles at once would be two streams to wait for
-AHEAD = {4: 12, 8: 8}  # blocks asked for in advance by the many-row path, too busy for the hardware prefetcher
+IN_REGISTERS = (1, 2, 4)  # rows whose sums stay in registers; those of six would not
 
-# Rows whose sums stay in registers (those of six would not), by bits: blocks of a tile in one turn of the loop, and how
-# many are asked for in advance. Measured with weights from memory, where it matters by up to a fifth: see
-# `ci/bench_kernels.py --threads 1`.
-IN_REGISTERS = {4: {1: (2, 8), 2: (4, 20), 4: (2, 20)}, 8: {1: (4, 4), 2: (4, 8), 4: (4, 8)}}
+# By bits of a weight. rows1, rows2, rows4: blocks of a tile in one turn of the loop, and how many are asked for in
+# advance, which with weights from memory matters by up to a fifth; many: the same of the many-row path, which is too
+# busy for the hardware prefetcher.
+KNOBS = {
+    "bits4_rows1_blocks": {"default": 2, "choices": [1, 2, 4], "rows": [1]},
+    "bits4_rows1_ahead": {"default": 8, "choices": [4, 8, 12, 16, 20, 28], "rows": [1]},
+    "bits4_rows2_blocks": {"default": 4, "choices": [1, 2, 4], "rows": [2]},
+    "bits4_rows2_ahead": {"default": 20, "choices": [4, 8, 12, 16, 20, 28], "rows": [2]},
+    "bits4_rows4_blocks": {"default": 2, "choices": [1, 2, 4], "rows": [4]},
+    "bits4_rows4_ahead": {"default": 20, "choices": [4, 8, 12, 16, 20, 28], "rows": [4]},
+    "bits4_many_ahead": {"default": 12, "choices": [4, 8, 12, 16, 20], "rows": [8, 32]},
+    "bits8_rows1_blocks": {"default": 4, "choices": [1, 2, 4], "rows": [1]},
+    "bits8_rows1_ahead": {"default": 4, "choices": [2, 4, 6, 8, 12, 16], "rows": [1]},
+    "bits8_rows2_blocks": {"default": 4, "choices": [1, 2, 4], "rows": [2]},
+    "bits8_rows2_ahead": {"default": 8, "choices": [2, 4, 6, 8, 12, 16], "rows": [2]},
+    "bits8_rows4_blocks": {"default": 4, "choices": [1, 2, 4], "rows": [4]},
+    "bits8_rows4_ahead": {"default": 8, "choices": [2, 4, 6, 8, 12, 16], "rows": [4]},
+    "bits8_many_ahead": {"default": 8, "choices": [2, 4, 6, 8, 12], "rows": [8, 32]},
+}
+
+Knobs = Mapping[str, int] | None  # values of some of them; the others have their defaults
 
 
-def make_linear(out_features: int, in_features: int, *, bits: int, bias: bool, residual: bool) -> tirx.PrimFunc:
+def make_linear(
+    out_features: int, in_features: int, *, bits: int, bias: bool, residual: bool, knobs: Knobs = None
+) -> tirx.PrimFunc:
     """PrimFunc (tiles uint8, codes, scales, corrections, [bias f32 [N]], y f32 [n, N']) with N' = N rounded up to 16.
 
-    With `residual` y is added to in place, else it is written.
+    With `residual` y is added to in place, else it is written. `knobs`: values of some of KNOBS.
     """
     tiles, blocks = -(-out_features // 16), -(-in_features // 64)
     pair = 2 if tiles % 2 == 0 else 1
+    pace = Pace(bits, knobs)
 
     def body() -> None:
         n = tir.size("n")
@@ -51,12 +72,12 @@ def make_linear(out_features: int, in_features: int, *, bits: int, bias: bool, r
 
         def few(most: int) -> None:
             with T.serial(pair) as r:
-                few_rows(w, bits, acts, n, most, t * pair + r, store)
+                few_rows(w, pace, acts, n, most, t * pair + r, store)
 
         def many(at_once: int) -> None:
             with T.serial(pair // at_once) as r:
                 first = t * pair + r * at_once
-                _many_rows(w, bits, acts, y, [first + i for i in range(at_once)], store)
+                _many_rows(w, pace, acts, y, [first + i for i in range(at_once)], store)
 
         with tir.root():
             tir.begin()
@@ -66,17 +87,27 @@ def make_linear(out_features: int, in_features: int, *, bits: int, bias: bool, r
     return tir.make_prim_func(body)
 
 
+class Pace:
+    """The knobs of the weights at hand, of `bits` each: values of KNOBS, less the start of their names."""
+
+    def __init__(self, bits: int, knobs: Knobs) -> None:
+        start = f"bits{bits}_"
+        values = fill_in(KNOBS, knobs)
+        self.bits = bits
+        self.values = {name.removeprefix(start): value for name, value in values.items() if name.startswith(start)}
+
+
 def choose_path(n: Expr, bits: int, few: Callable[[int], None], many: Callable[[bool], None]) -> None:
     """Emit a path for each number of rows: few(most), or many(whether two tiles are worked on at once)."""
 
     def emit(most: int, *more: int) -> None:
         with T.If(n <= most):
             with T.Then():
-                few(most) if most in IN_REGISTERS[bits] else many(False)
+                few(most) if most in IN_REGISTERS else many(False)
             with T.Else():
                 emit(*more) if more else many(True)
 
-    emit(*IN_REGISTERS[bits], *([FEW] if bits == 8 else []))
+    emit(*IN_REGISTERS, *([FEW] if bits == 8 else []))
 
 
 def _dot(acc: Expr, unsigned: Expr, signed: Expr) -> Expr:
@@ -100,13 +131,14 @@ def _scale(w: Expr, tile: Expr, block: Expr, group: int) -> Expr:
 
 
 def few_rows(
-    w: Expr, bits: int, acts: tuple[Expr, Expr, Expr], n: Expr, most: int, tile: Expr, store: Callable[..., None]
+    w: Expr, pace: Pace, acts: tuple[Expr, Expr, Expr], n: Expr, most: int, tile: Expr, store: Callable[..., None]
 ) -> None:
     """One, two or four rows; the last of four may be padding."""
     codes, scales, corrections = acts
+    bits = pace.bits
     blocks, size = int(w.shape[1]), get_block_bytes(bits)
-    wanted, in_advance = IN_REGISTERS[bits][most]
-    unroll = math.gcd(blocks, wanted)
+    unroll = math.gcd(blocks, pace.values[f"rows{most}_blocks"])
+    in_advance = pace.values[f"rows{most}_ahead"]
     sums = [[Accumulator(), Accumulator()] for _ in range(most)]
     with T.serial(blocks // unroll) as step:
         for u in range(unroll):
@@ -160,7 +192,7 @@ def _unpack(w: Expr, bits: int, tile: Expr, block: Expr, group: int) -> list[Exp
 
 
 def _many_rows(
-    w: Expr, bits: int, acts: tuple[Expr, Expr, Expr], y: Expr, tiles: list[Expr], store: Callable[..., None]
+    w: Expr, pace: Pace, acts: tuple[Expr, Expr, Expr], y: Expr, tiles: list[Expr], store: Callable[..., None]
 ) -> None:
     """Any number of rows against one tile, or two neighbours."""
     n, pair = y.shape[0], len(tiles)
@@ -172,7 +204,7 @@ def _many_rows(
             for tile in tiles:
                 tir.prefetch(T.address_of(y[block_of_rows * rows + m, tile * 16]), write=True)
         # behind the end of a tile lies its neighbour, which this thread has read beside it: skip it
-        add_products(w, bits, acts, block_of_rows, rows, tiles, pair - 1, sums)
+        add_products(w, pace, acts, block_of_rows, rows, tiles, pair - 1, sums)
         with T.serial(rows) as m:
             row = T.bind(block_of_rows * rows + m)
             with T.If(row < n), T.Then():
@@ -187,7 +219,7 @@ def get_total(sums: Expr, i: Expr) -> Expr:
 
 def add_products(
     w: Expr,
-    bits: int,
+    pace: Pace,
     acts: tuple[Expr, Expr, Expr],
     block_of_rows: Expr,
     rows: Expr,
@@ -199,7 +231,8 @@ def add_products(
 
     `skipped`: tiles between the end of each one and what is read after it.
     """
-    blocks, lines, in_advance = int(w.shape[1]), get_block_bytes(bits) // 64, AHEAD[bits]
+    bits, in_advance = pace.bits, pace.values["many_ahead"]
+    blocks, lines = int(w.shape[1]), get_block_bytes(bits) // 64
     with T.serial(rows * (len(tiles) * 2)) as i:
         put(sums, i * 16, f32(0))
     with T.serial(blocks) as block:
@@ -243,7 +276,8 @@ def list_benchmarks(s: Setting) -> Iterator[Benchmark]:
     """Every matrix, for targets with AVX-512 VNNI."""
 
     def make(width: int, inner: int, residual: bool) -> tirx.PrimFunc:
-        return make_linear(width, inner, bits=s.quantization.bits, bias=False, residual=residual)
+        knobs = s.knobs.get("linear_vnni")
+        return make_linear(width, inner, bits=s.quantization.bits, bias=False, residual=residual, knobs=knobs)
 
     if "avx512_vnni" in s.requires and accepts(s.quantization):
         yield from list_linears(s, make, code_sizes, ("tiles",), "int8")
