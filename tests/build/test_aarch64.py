@@ -104,6 +104,7 @@ def test_sampling(monkeypatch: pytest.MonkeyPatch, build: Any, rng: np.random.Ge
     monkeypatch.setattr(sampling, "build", build)
     sampling.test_tokens_lie_where_the_draw_says(rng, None, 1000)
     sampling.test_unusable_rows_hurt_no_other(rng)
+    sampling.test_more_weights_near_the_edge_than_a_list_holds(rng, monkeypatch)
 
 
 @pytest.mark.parametrize("q", [kernels.Q4F16, kernels.Q8F16, kernels.Q0F16, kernels.Q0BF16], ids=lambda q: q.name)

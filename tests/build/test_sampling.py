@@ -8,7 +8,8 @@ from kernel_calls import HAS_VNNI, build
 
 from engine.core import Draw, SamplingParams
 from engine.sampling.sampler import pick_at
-from mlcbuild.compiler.kernels.sampling import BLOCK, UNUSABLE, make_pick_tokens
+from mlcbuild.compiler.kernels import sampling
+from mlcbuild.compiler.kernels.sampling import BLOCK, FEW, MANY, UNUSABLE, make_pick_tokens
 
 SIZES = [1, 5, 16, 100, BLOCK, BLOCK + 16, 5003, 7 * BLOCK]
 CUTS = [
@@ -93,6 +94,39 @@ def test_tokens_lie_where_the_draw_says(rng, target, vocab):
                 draws = [make_draw(u, **params) for u in uniforms]
                 tokens = pick(logits, np.full(len(draws), row), draws)
                 check_draws(logits[row], tokens, uniforms, **params)
+
+
+LARGE = 40_011
+ROWS = {
+    "flat": lambda rng: rng.normal(size=LARGE) * 0.1,
+    "normal": lambda rng: rng.normal(size=LARGE),
+    "steep": lambda rng: rng.normal(size=LARGE) * 4,
+    "tied": lambda rng: np.round(rng.normal(size=LARGE) * 4) / 4,
+    "two kinds": lambda rng: rng.choice([0, -3], LARGE) + rng.normal(size=LARGE) * 1e-3,
+    "the first of each block are small": lambda rng: rng.normal(size=LARGE) - 4 * (np.arange(LARGE) % BLOCK < FEW),
+    "the first of each block are large": lambda rng: rng.normal(size=LARGE) + 4 * (np.arange(LARGE) % BLOCK < FEW),
+    "only the first of each block": lambda rng: np.where(np.arange(LARGE) % BLOCK < FEW, rng.normal(size=LARGE), -90),
+}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_rows_whose_edge_is_foreseen_well_or_badly(rng, target, kind):
+    """A vocabulary of which a sample is looked at first: whatever that says, the cut is the same."""
+    assert LARGE >= MANY * BLOCK
+    pick, logits = make_picker(LARGE, target), ROWS[kind](rng).astype(np.float32)[None]
+    uniforms = np.concatenate([rng.random(30), [0, np.nextafter(1, 0)]])
+    for top_p in (1e-6, 0.01, 0.3, 0.9, 0.95, 0.999, 0.99999):
+        for params in ({}, {"temperature": 0.6}, {"temperature": 3.0, "min_p": 0.02}, {"top_k": 20_000}):
+            draws = [make_draw(u, top_p=top_p, **params) for u in uniforms]
+            tokens = pick(logits, np.zeros(len(draws)), draws)
+            check_draws(logits[0], tokens, uniforms, top_p=top_p, **params)
+
+
+def test_more_weights_near_the_edge_than_a_list_holds(rng, monkeypatch):
+    monkeypatch.setattr(sampling, "ROOM", 512)
+    logits, uniforms = rng.normal(size=(1, LARGE)).astype(np.float32) * 0.1, rng.random(50)
+    tokens = make_picker(LARGE)(logits, np.zeros(50), [make_draw(u, top_p=0.5) for u in uniforms])
+    check_draws(logits[0], tokens, uniforms, top_p=0.5)
 
 
 @pytest.mark.parametrize("vocab", [5003, 32_000])

@@ -175,6 +175,16 @@ def reduce_max(v: Expr) -> Expr:
     return T.reinterpret("float32", swap(largest, T.int32(0x7FFFFFFF), T.int32(31)))
 
 
+def compress(x: Expr, kept: Expr) -> Expr:
+    """The float32 lanes where `kept`, a comparison, holds, moved to the front; anything behind them."""
+    return call(F32, "experimental.vector.compress", x, kept, x)
+
+
+def count(kept: Expr) -> Expr:
+    """How many lanes of a comparison hold."""
+    return call("int32", "vector.reduce.add", T.Select(kept, spread(T.int32(1)), spread(T.int32(0))))
+
+
 def largest_magnitude(vectors: list[Expr]) -> Expr:
     """The largest lane of several vectors, whatever its sign."""
     # of floats without their signs, the larger has the larger bits
