@@ -13,6 +13,7 @@ import pytest
 
 from engine.machine import get_cpu_features
 from mlcbuild.compiler.build import make_tvm_target
+from mlcbuild.quality import kernels
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,10 +41,9 @@ def test_every_benchmark_can_be_called(bench: ModuleType, target: str, quantizat
     found = list(bench.list_benchmarks(where, argparse.Namespace(**wanted)))
     names = {kernel for kernel, _ in found}
     assert {"attention", "elementwise", "embedding", "linear_rows16", "quantize_rows"} <= names
-    kernels = {f"k{id(b.kernel)}": b.kernel for _, b in found}
-    functions = bench.compile_kernels(kernels, make_tvm_target(where))
+    functions = kernels.compile_kernels({f"k{id(b.kernel)}": b.kernel for _, b in found}, make_tvm_target(where))
     for _, benchmark in found:
-        for arguments in bench.make_arguments(benchmark, cold=1):
+        for arguments in kernels.make_arguments(benchmark, cold=1):
             functions[f"k{id(benchmark.kernel)}"](*arguments)
 
 
@@ -53,7 +53,7 @@ def test_streams_rotate_through_more_than_the_cache(bench: ModuleType) -> None:
     )
     [(_, benchmark)] = bench.list_benchmarks(bench.get_target("cpu"), options)
     assert benchmark.streams == ("words", "scales")
-    calls = bench.make_arguments(benchmark, cold=1 << 20)
-    streamed = [np.from_dlpack(a) for call in calls for a in bench.pick_streams(benchmark, call)]
+    calls = kernels.make_arguments(benchmark, cold=1 << 20)
+    streamed = [np.from_dlpack(a) for call in calls for a in kernels.pick_streams(benchmark, call)]
     assert sum(a.nbytes for a in streamed) >= 1 << 20
     assert len({a.ctypes.data for a in streamed}) == len(streamed)
