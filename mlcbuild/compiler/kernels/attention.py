@@ -206,7 +206,7 @@ class _Run:
                 with T.If(g == 0), T.Then():
                     self.call.kind.begin_block(block, self.last, lambda b: self._place(block * BLOCK + b))
                 with T.serial(self.width // self.step) as part:
-                    self._weigh(first, part * self.step)
+                    self._weigh(pages, first, part * self.step)
             with T.serial(self.groups * (self.width // self.step)) as g:
                 first = T.bind(g * self.step)
                 pages = keep(self._count_pages(block, first + (self.step - 1)))
@@ -279,8 +279,6 @@ class _Run:
 
     def _score(self, block: Expr, pages: Expr, first: Expr) -> None:
         """scores[lane][page][16] of a group of lanes."""
-        with T.serial((BLOCK - pages) * self.width) as i:
-            put(self.scores, (mod(i, self.width) * BLOCK + pages + div(i, self.width)) * PAGE, f32(NOTHING))
         with T.serial(pages) as b:
             place = self._place(block * BLOCK + b)
             sums = [Accumulator() for _ in range(self.width)]
@@ -300,28 +298,30 @@ class _Run:
                     seen = seen & (position + spread(T.int32(self.window)) > limit)
                 put(self.scores, at, T.Select(seen, vec(self.scores, at), f32(NOTHING)))
 
-    def _weigh(self, first: Expr, start: Expr) -> None:
+    def _weigh(self, pages: Expr, first: Expr, start: Expr) -> None:
         """weights[lane][page][16]: 2^(score - largest so far); what earlier ones shrink by; their total.
 
-        A few lanes at once, since each step of one waits for the step before.
+        A few lanes at once, since each step of one waits for the step before. Pages in a loop, since LLVM would move
+        what it knows of so many scores between registers and memory.
         """
         kind, some = self.call.kind, range(self.step)
         lanes = [T.bind(first + start + i) for i in some]
         before = [T.bind(self.largest[lane]) for lane in lanes]
         tops, totals = [Accumulator(spread(x)) for x in before], [Accumulator() for _ in some]
-        for b in range(BLOCK):
+        with T.serial(pages) as b:
             for i, top in enumerate(tops):
                 z = T.bind(vec(self.scores, ((start + i) * BLOCK + b) * PAGE))
                 top.set(T.Select(z > top.get(), z, top.get()))
         largest = [T.bind(tir.reduce_max(top.get())) for top in tops]
-        for b in range(BLOCK):
-            for i, total in enumerate(totals):
+        kind.begin_weights()
+        for i, total in enumerate(totals):
+            with T.serial(pages) as b:
                 z = vec(self.scores, ((start + i) * BLOCK + b) * PAGE)
                 p = T.bind(kind.exp2(z - spread(largest[i])))
                 total.set(total.get() + p)
                 kind.put_weight(self.weights, lanes[i], b, p, i)
         for i, lane in enumerate(lanes):
-            kind.end_weights(self.weights, lane, i)
+            kind.end_weights(self.weights, lane, i, pages)
             shrink = T.bind(kind.exp2(spread(before[i] - largest[i])))
             put(self.totals, lane * 16, tir.fma(vec(self.totals, lane * 16), shrink, totals[i].get()))
             T.buffer_store(self.largest, largest[i], [lane])

@@ -106,7 +106,6 @@ class Dots:
         """Memory of a task: scales of a block's values, products of the lanes in turn, what 1 stands for in weights."""
         self.scales, self.units = tir.scratch(BLOCK * PAGE), tir.scratch(lanes)
         self.products = tir.scratch(VALUE_LANES * BLOCK * PAGE)
-        self.tops: dict[int, Accumulator] = {}
 
     def ask(self, place: Place) -> None:
         """For the scales of the values."""
@@ -135,21 +134,22 @@ class Dots:
         put(queries, at + d, T.reinterpret("int8x4", scale), 4)
         put(queries, at + d + SCALE_BYTES, T.reinterpret("int8x4", correction), 4)
 
-    def put_weight(self, weights: Expr, lane: Expr, page: int, p: Expr, turn: int) -> None:
+    def begin_weights(self) -> None:
+        """See Wide."""
+        self.tops = [Accumulator() for _ in range(VALUE_LANES)]
+
+    def put_weight(self, weights: Expr, lane: Expr, page: Expr, p: Expr, turn: int) -> None:
         """Its product with the scales, as a float."""
         product = T.bind(p * vec(self.scales, page * PAGE))
-        if page == 0:
-            self.tops[turn] = Accumulator(product)
-        else:
-            self.tops[turn].set(tir.maximum(product, self.tops[turn].get()))
+        self.tops[turn].set(tir.maximum(product, self.tops[turn].get()))
         put(self.products, (turn * BLOCK + page) * PAGE, product)
 
-    def end_weights(self, weights: Expr, lane: Expr, turn: int) -> None:
+    def end_weights(self, weights: Expr, lane: Expr, turn: int, pages: Expr) -> None:
         """Each product as a share of the lane's largest in the block: whatever other lanes have, this is the same."""
         top = T.bind(T.max(tir.reduce_max(self.tops[turn].get()), T.float32(LEAST)))
         T.buffer_store(self.units, top * T.float32(1 / MOST_WEIGHT), [lane])
         inverse = T.bind(spread(T.float32(MOST_WEIGHT) / top))
-        for b in range(BLOCK):
+        with T.serial(pages) as b:
             share = fma(vec(self.products, (turn * BLOCK + b) * PAGE), inverse, f32(0.5))
             put(weights, (lane * BLOCK + b) * PAGE, T.cast(T.cast(share, I32), "int16x16"))
 

@@ -63,11 +63,14 @@ class Wide:
         for c in range(0, self.h.head_dim, 16):
             put(queries, at + c, self.make_number(load(c)))
 
-    def put_weight(self, weights: Expr, lane: Expr, page: int, p: Expr, turn: int) -> None:
+    def begin_weights(self) -> None:
+        """Before those of a few lanes."""
+
+    def put_weight(self, weights: Expr, lane: Expr, page: Expr, p: Expr, turn: int) -> None:
         """Keep sixteen probabilities of a page of the block; `turn` counts the lanes that are worked on together."""
         put(weights, (lane * BLOCK + page) * PAGE, self.make_number(p))
 
-    def end_weights(self, weights: Expr, lane: Expr, turn: int) -> None:
+    def end_weights(self, weights: Expr, lane: Expr, turn: int, pages: Expr) -> None:
         """All pages of the block had their turn."""
 
     def start_sum(self, start: Callable[[], Expr]) -> Accumulator:
