@@ -217,6 +217,37 @@ def test_a_sliding_window(rng, dtype, window):
         np.testing.assert_array_equal(y, whole[tokens])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [0, 20, 130])
+def test_runs_of_any_length(rng, dtype, window):
+    """One to six tokens of a sequence, as guesses are checked: mixed, in small and large calls, up to its last."""
+    h = make_heads(dtype, 6, 2, 64, window=window)
+    append, kernel = make(attention.make_rope_append, h), make(attention.make_attention, h)
+    lengths, table = [6, 47, 129, 203], rng.permutation(52).astype(np.int32).reshape(4, 13)
+    rows = np.repeat(np.arange(4, dtype=np.int32), lengths)
+    positions = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
+    qkv, pages = rng.normal(size=(len(rows), h.width)).astype(np.float32), make_pages(h, 52)
+    append(qkv, pages, np.tile(np.float32([1] * 32 + [0] * 32), (len(rows), 1)), positions, rows, table, 0)
+    x, history = qkv.reshape(-1, 10, 64), {}
+    for row, length in enumerate(lengths):
+        mine = x[rows == row]
+        history[row] = read_pages(h, pages, 0, table[row], length) if h.dtype == "int8" else [mine[:, 6:8], mine[:, 8:]]
+    begins = np.cumsum([0, *lengths[:-1]])
+    last = [(row, lengths[row] - count, count) for row in range(4) for count in range(1, 7)]
+    inner = [(row, rng.integers(lengths[row] - count + 1), count) for row, _, count in last]
+    for runs in (last[:5], last[-5:], [*last[9:13], *inner[16:20]], rng.permutation([*last, *inner])):
+        tokens = np.concatenate([np.arange(count) + begins[row] + start for row, start, count in runs])
+        y = np.zeros((len(tokens), 384), np.float32)
+        kernel(qkv[tokens], pages, positions[tokens], rows[tokens], table, 0, y)
+        wanted = attend(round_queries(h, x[tokens, :6]), positions[tokens], rows[tokens], history, window)
+        error = np.linalg.norm(y.reshape(wanted.shape) - wanted, axis=-1) / np.linalg.norm(wanted, axis=-1)
+        assert np.sqrt((error**2).mean()) < TOLERANCES[dtype]
+        for i, token in enumerate(tokens):
+            alone = np.zeros((1, 384), np.float32)
+            kernel(qkv[[token]], pages, positions[[token]], rows[[token]], table, 0, alone)
+            np.testing.assert_array_equal(y[i], alone[0])
+
+
 @pytest.mark.parametrize(("heads", "kv_heads", "d"), [(8, 2, 64), (3, 1, 32), (5, 1, 64), (16, 1, 32)])
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_attention_quantizes_as_its_parts(rng, heads, kv_heads, d, dtype):

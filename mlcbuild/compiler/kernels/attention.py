@@ -28,7 +28,7 @@ from mlcbuild.compiler.kernels.kv_place import BLOCK, ITEM_BYTES, PAGE, VALUE_LA
 from mlcbuild.compiler.kernels.tir import Accumulator, Expr, div, f32, keep, mod, put, put2, spread, vec, vec2
 
 LANES = 16  # whose scores are summed at once: as many vectors as registers hold
-AHEAD = 8704  # bytes from what a lone token works on to what it asks for
+AHEAD = 8704  # bytes from what a few tokens work on to what they ask for
 SUMS = 16  # registers for the results of VALUE_LANES at once
 TASK_LANES = 64  # of one task in a call of MANY tokens; else as few as LANES, for more tasks
 MANY = 64
@@ -101,11 +101,14 @@ def make_attention(h: Heads, *, zero: int | None = None) -> tirx.PrimFunc:
                     first = keep(begin + i)
                     with T.If((i == 0) | _breaks(positions, rows, first)), T.Then():
                         count = _count_run(positions, rows, first, end)
-                        with T.If(count == 1):
+                        with T.If(count > few):
                             with T.Then():
-                                _Run(call, head, first, T.int64(1), 1, _narrow(h)).emit()
-                            with T.Else():
                                 _Run(call, head, first, count, most, LANES).emit()
+                            with T.Else(), T.If(count > 1):
+                                with T.Then():
+                                    _Run(call, head, first, count, few, LANES).emit()
+                                with T.Else():
+                                    _Run(call, head, first, T.int64(1), 1, _narrow(h)).emit()
                         out.end(count, first, head)
 
     return tir.make_prim_func(body)
@@ -246,11 +249,11 @@ class _Run:
         return Place(self.call.pages, self.call.layer, page, self.head)
 
     def _ask(self, block: Expr, pages: Expr, b: Expr, *, values: bool) -> Later:
-        """While a lone token works on a page, ask for two that it comes to soon; many find most in the cache.
+        """While a few tokens work on a page, ask for two that they come to soon; many find most in the cache.
 
         So each is asked for twice, since a processor drops requests that come too fast.
         """
-        if self.most > 1:
+        if self.most > max(1, self.width // self.shared):
             return lambda row: None
         wanted = [self._find_ahead(block, pages, b + ahead, values=values) for ahead in self.ahead]
         self.call.kind.ask(wanted[0][0])
