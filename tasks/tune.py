@@ -46,6 +46,7 @@ def run_tune() -> None:
     """Measure, print a line for each knob, write the file."""
     os.environ["TVM_NUM_THREADS"] = "1"  # read once, when TVM makes its threads
 
+    from mlcbuild.compiler.build import hand_on_interrupts
     from mlcbuild.quality.tuning import Tuner
 
     plan = get_plan()
@@ -56,11 +57,16 @@ def run_tune() -> None:
     names = ", ".join(q.name for q in quantizations)
     print(f"{target.name}: matrices of {model.name}, {names}; a thread's CPU time beside that of the current value")
     trials: list[Trial] = []
-    with show_progress() as report:
-        tuner = Tuner(target, model.config, quantizations, rounds, seconds, report)
-        for trial in tuner.run(wanted):
-            trials.append(trial)
-            print(format_trial(trial), flush=True)
+    hand_on_interrupts()
+    try:
+        with show_progress() as report:
+            tuner = Tuner(target, model.config, quantizations, rounds, seconds, report)
+            for trial in tuner.run(wanted):
+                trials.append(trial)
+                print(format_trial(trial), flush=True)
+    except KeyboardInterrupt:
+        print("ended before the end: no file was written", flush=True)
+        raise
     for name in tuner.left_out:
         print(f"left out: {name}: the time was over; minutes={2 * seconds / 60:g} gives it more")
     if not trials:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -218,6 +222,24 @@ def test_the_command_writes_a_file_that_is_used(project, tmp_path):
     assert "the next build compiles what is for x86-64-v3" in lines[-1]
     knobs = load_recipes(project / "recipes").targets["x86-64-v3"].knobs
     assert knobs["linear_dot"]["bits4_ahead"] in load_knobs()["linear_dot"]["bits4_ahead"].choices
+
+
+@pytest.mark.skipif("avx2" not in (get_cpu_features() or ()), reason="this processor has no AVX2")
+def test_an_interrupted_search_writes_nothing(project, tmp_path):
+    before = {path: path.read_bytes() for path in (project / "recipes/tunings").iterdir()}
+    command = [sys.executable, "-m", "doit", "tune", "model=tiny", "target=x86-64-v3", "rounds=1000000"]
+    environment = {**os.environ, "PYTHONPATH": str(project), "MLCBUILD_STORE": str(tmp_path)}
+    with subprocess.Popen(
+        command, cwd=project, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline().startswith("linear_dot.bits4_ahead: compile")
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=300)
+    assert process.returncode == 130, out + err
+    assert out.endswith("ended before the end: no file was written\n")
+    assert "Traceback" not in err
+    assert {path: path.read_bytes() for path in (project / "recipes/tunings").iterdir()} == before
 
 
 @pytest.mark.parametrize(
