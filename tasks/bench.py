@@ -133,8 +133,7 @@ def measure(package: Package, wanted: Wanted, programs: list[Program], record: d
         speed = session.measure_programs(groups, count_cores())
         session.finish()
         if wanted.plot is not None:
-            config = package.manifest.recipes["model"]["config"]
-            write_roofline(wanted.plot, make_title(record), speed, roofline, config, session.cases)
+            write_roofline(wanted.plot, make_title(record), speed, roofline, session.cases)
 
 
 def make_wanted(variables: Mapping[str, str]) -> Wanted:

@@ -24,9 +24,7 @@ def count_operations(config: Mapping[str, Any], case: Case) -> int:
     return operations
 
 
-def write_roofline(
-    path: Path, title: str, speed: Speed, roofline: Roofline, config: Mapping[str, Any], cases: Sequence[Case]
-) -> None:
+def write_roofline(path: Path, title: str, speed: Speed, roofline: Roofline, cases: Sequence[Case]) -> None:
     """The roof of this machine, and a point for each case of each program. Needs a speed with both of its rates."""
     from matplotlib.figure import Figure as Picture
 
@@ -36,7 +34,7 @@ def write_roofline(
     figure = Picture(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
     figures = {f.name: f for f in speed.figures}
-    work = {c.name: (count_operations(config, c), roofline.count_bytes(c), c) for c in cases if c.name in figures}
+    work = {c.name: (roofline.count_operations(c), roofline.count_bytes(c), c) for c in cases if c.name in figures}
     intensities = [operations / nbytes for operations, nbytes, _ in work.values()]
     roof = [min(intensities) / 2, peak / bandwidth, max(intensities) * 2]
     axes.plot(roof, [min(peak, bandwidth * i) / 1e9 for i in roof], "k-", label="this machine")

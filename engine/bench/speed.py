@@ -32,7 +32,7 @@ class Roofline:
     """What this machine allows: `read()` reads all weights on all cores, `compute()` multiplies and reads nothing.
 
     Both return seconds: of `weight_bytes`, and of `operations`. `position_bytes` are those of one token in the KV
-    cache.
+    cache; `count_operations(case)` says how many a case takes.
     """
 
     read: Callable[[], float]
@@ -40,6 +40,7 @@ class Roofline:
     weight_bytes: int
     position_bytes: int
     operations: int
+    count_operations: Callable[[Case], int]
 
     def count_bytes(self, case: Case) -> int:
         """Bytes that a step of the case has to read: all weights, and the context of every sequence."""
@@ -79,10 +80,10 @@ class PeerFigure:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """Tokens per second of a case (median, slowest, fastest run), its rounds, and its share of the read roofline.
+    """Tokens per second of a case (median, slowest, fastest run), its rounds, and its share of the roofline.
 
-    `roofline` is the time of reading all weights and the context once, divided by the time of the case: 1 means that a
-    decode step costs what its data cost to read. None for prefill, which reads them once for many tokens.
+    `roofline` is the least time that the case can take divided by the time that it took: that of reading all weights
+    and the context once, or of the operations at the machine's peak, whichever is longer. None if that is not known.
     """
 
     name: str
@@ -96,7 +97,11 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """All figures of a run; bytes and operations per second that the machine did in the same rounds, if measured."""
+    """All figures of a run; bytes and operations per second that the machine did in the same rounds, if measured.
+
+    The memory is slower at times, so bytes are a median, and shares are of the same moment. The cores' peak stays, and
+    what is in their way only lowers what they do: operations are those of the best round.
+    """
 
     figures: list[Figure]
     read_rate: float | None = None
@@ -145,11 +150,11 @@ def make_speed(samples: Samples, cases: Sequence[Case], roofline: Roofline | Non
     figures = []
     for case in cases:
         if turns := [turn for turn in samples.turns if turn.case == case.name]:
-            figures.append(_make_figure(case, turns, roofline))
+            figures.append(_make_figure(case, turns, roofline, min(samples.computed, default=0.0)))
     reads = [seconds for turn in samples.turns for seconds in turn.reads]
     if not roofline or not reads or not samples.computed:
         return Speed(figures)
-    read, computed = statistics.median(reads), statistics.median(samples.computed)
+    read, computed = statistics.median(reads), min(samples.computed)
     return Speed(figures, roofline.weight_bytes / read, roofline.operations / computed)
 
 
@@ -221,6 +226,8 @@ class _Runs:
 
     def _run(self, case: Case, who: str, repeats: int, reads: list[float]) -> list[float]:
         if who == HERE:
+            if self._roofline:
+                self._roofline.read()  # threads that were asleep may start on one core
             return [self._run_here(case, reads) for _ in range(repeats)]
         peer = self._peers[who]
         peer.prepare(case)
@@ -236,13 +243,15 @@ class _Runs:
         return sum(_measure(lambda: self._executor.run(batch)) for batch in batches)  # noqa: B023
 
 
-def _make_figure(case: Case, turns: Sequence[Turn], roofline: Roofline | None) -> Figure:
+def _make_figure(case: Case, turns: Sequence[Turn], roofline: Roofline | None, computed: float) -> Figure:
+    """`computed`: seconds of Roofline.compute at its best."""
     ours = [turn.seconds[HERE] for turn in turns]
     share = None
-    if roofline and case.tokens == 1:
+    if roofline:
         whole = roofline.count_bytes(case) / roofline.weight_bytes
+        least = computed * roofline.count_operations(case) / roofline.operations
         pairs = [pair for turn in turns for pair in zip(turn.reads, turn.seconds[HERE], strict=True)]
-        share = statistics.median(read * whole / seconds for read, seconds in pairs)
+        share = statistics.median(max(read * whole, least) / seconds for read, seconds in pairs)
     peers = {}
     for name in dict.fromkeys(who for turn in turns for who in turn.seconds if who != HERE):
         both = [(turn.seconds[HERE], turn.seconds[name]) for turn in turns if name in turn.seconds]

@@ -22,7 +22,7 @@ def make_title(record: Mapping[str, Any]) -> str:
 
 
 def make_table(record: Mapping[str, Any]) -> Table:
-    """Tokens per second, the share of the read roofline, and every peer's with our ratio; PARTIAL if it is that."""
+    """Tokens per second, the share of the roofline, and every peer's with our ratio; PARTIAL if it is that."""
     from rich.markup import escape
     from rich.table import Table
 

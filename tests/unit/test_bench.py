@@ -12,7 +12,7 @@ from engine.bench import speed as speed_module
 from engine.bench.cases import CASES, Case, explain_unfit, make_batches, make_cases, pick_cases
 from engine.bench.peers import Program, find_peer, group_programs, list_peers, make_folder
 from engine.bench.roofline import count_operations
-from engine.bench.speed import Roofline, measure_speed, to_record
+from engine.bench.speed import HERE, Roofline, Samples, Turn, measure_speed, to_record
 from engine.core import Limits
 from engine.errors import DoesNotFit, InvalidSetting
 from engine.runtime.fake import FakeExecutor
@@ -110,16 +110,33 @@ def test_peers_take_turns_with_us(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (measured.read_rate, figure.roofline) == (None, None)
 
 
+def count(case: Case) -> int:
+    return 100 * case.new
+
+
 def test_the_context_counts_in_the_read_roofline() -> None:
-    roofline = Roofline(lambda: 0.5, lambda: 2.0, weight_bytes=1000, position_bytes=10, operations=8000)
+    roofline = Roofline(lambda: 0.5, lambda: 2.0, 1000, position_bytes=10, operations=8000, count_operations=count)
     assert roofline.count_bytes(Case("decode", 3, 1, 20)) == 1600
     executor = FakeExecutor(LIMITS)
     measured = measure_speed(executor, 1, roofline, cases=[Case("decode", 1, 1, 0), Case("prefill", 1, 8, 0)])
     assert (measured.read_rate, measured.compute_rate) == (2000, 4000)
-    decode, prefill = measured.figures
-    assert decode.roofline is not None
-    assert decode.roofline > 1  # no fake takes half a second
-    assert prefill.roofline is None
+    for figure in measured.figures:
+        assert figure.roofline is not None
+        assert figure.roofline > 1  # no fake takes half a second
+
+
+def test_the_roofline_is_the_longer_of_reading_and_multiplying() -> None:
+    """Reading is that of the same moment, multiplying the best of all rounds: the rest was in each other's way."""
+    roofline = Roofline(lambda: 0.5, lambda: 2.0, 1000, position_bytes=10, operations=8000, count_operations=count)
+    cases = [Case("prefill", 1, 80, 0), Case("decode", 1, 1, 0)]
+    turns = [Turn("prefill", {HERE: [4.0]}, [1.0]), Turn("decode", {HERE: [4.0]}, [1.0])]
+    turns += [Turn("prefill", {HERE: [8.0]}, [5.0]), Turn("decode", {HERE: [8.0]}, [5.0])]
+    speed = speed_module.make_speed(Samples(turns, [3.9, 2.0, 4.1]), cases, roofline)
+    assert (speed.read_rate, speed.compute_rate) == (1000 / 3, 4000)
+    prefill, decode = (figure.roofline for figure in speed.figures)
+    assert prefill == pytest.approx((2 / 4 + 5 / 8) / 2)  # 8,000 operations
+    assert decode == pytest.approx((1 / 4 + 5 / 8) / 2)
+    assert [f.roofline for f in speed_module.make_speed(Samples(turns), cases, None).figures] == [None, None]
 
 
 def test_operations_of_a_shape() -> None:

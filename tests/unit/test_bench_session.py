@@ -23,7 +23,7 @@ from engine.errors import InvalidSetting
 from engine.runtime.fake import FakeExecutor
 
 LIMITS = Limits(context_window=2560, prefill_chunk=512, max_batch=4, page_size=16, num_pages=160, vocab_size=256)
-ROOFLINE = Roofline(lambda: 0.5, lambda: 2.0, weight_bytes=1000, position_bytes=10, operations=8000)
+ROOFLINE = Roofline(lambda: 0.5, lambda: 2.0, 1000, position_bytes=10, operations=8000, count_operations=lambda _: 1)
 MOMENT = 1e-6
 MACHINE = {"cpu": "a fake", "threads": 2}
 SHORT = [Case("prefill 8", 1, 8, 0), Case("decode", 1, 1, 0)]
