@@ -30,7 +30,7 @@ from mlcbuild.compiler.kernels import (
     sampling,
 )
 from mlcbuild.compiler.kernels.kv_pages import choose_dtype, make_kind
-from mlcbuild.compiler.kernels.kv_place import Heads
+from mlcbuild.compiler.kernels.kv_place import Heads, count_sums
 from mlcbuild.compiler.lowering import PAGE_SIZE, AttentionShape, Program
 from mlcbuild.errors import CompileError
 from mlcbuild.quantization import get_layout
@@ -304,14 +304,15 @@ class CpuLowering:
 
     `zero`: the code of weight 0, which activations rounded to int8 are corrected by; None: they stay as they are.
     `rounds`: whether matmuls over `rows16` round their inputs to bfloat16. `avx512`: whether its registers have 512
-    bits. `kv_dtype`: of the KV cache's pages. `knobs`: those of the target's tuning, by kernel.
+    bits. `kv_dtype`: of the KV cache's pages. `sums`: see kv_place.count_sums. `knobs`: those of the target's tuning,
+    by kernel.
     """
 
     def __init__(self, target: Target, quantization: Quantization, layout: str, dot: linear_dot.Dot | None) -> None:
         self.q, self.layout, self.dot, self.knobs = quantization, layout, dot, target.knobs
         self.avx512, self.vnni = "avx512f" in target.requires, "avx512_vnni" in target.requires
         self.rounds = layout != TILES and linear_bf16.is_chosen(quantization, target.requires)
-        self.kv_dtype = choose_dtype(quantization, target.requires)
+        self.kv_dtype, self.sums = choose_dtype(quantization, target.requires), count_sums(target.requires)
         self.zero = get_zero(quantization.bits) if layout == TILES else None
 
     def linear(self, in_features: int, out_features: int, bias: bool = False) -> nn.Module:
@@ -336,7 +337,8 @@ class CpuLowering:
     def export(self, model: nn.Module, shape: AttentionShape, sizes: tuple[int, int], limits: Limits) -> Program:
         """See lowering.Lowering; raises CompileError for a shape that the kernels cannot hold."""
         check_shape(shape, sizes[0])
-        heads = Heads(shape.layers, shape.heads, shape.kv_heads, shape.head_dim, self.kv_dtype, vnni=self.vnni)
+        counts = shape.layers, shape.heads, shape.kv_heads, shape.head_dim
+        heads = Heads(*counts, self.kv_dtype, vnni=self.vnni, sums=self.sums)
         program = CpuProgram(model, shape, heads, sizes, self.zero)
         module, named = program.export_tvm(spec=program.spec())[:2]
         params = [(n.removeprefix("network."), tuple(int(s) for s in p.shape), str(p.dtype)) for n, p in named]

@@ -97,6 +97,7 @@ def test_small_kernels(monkeypatch: pytest.MonkeyPatch, build: Any, rng: np.rand
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
 def test_attention(monkeypatch: pytest.MonkeyPatch, build: Any, rng: np.random.Generator, dtype: str) -> None:
     monkeypatch.setattr(attention, "build", build)
+    monkeypatch.setattr(attention, "HAS_VNNI", False)
     attention.test_attention_over_pages(rng, dtype, 8, 2, 64)
 
 

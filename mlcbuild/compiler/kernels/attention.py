@@ -24,13 +24,11 @@ from mlcbuild.compiler.kernels import tir
 from mlcbuild.compiler.kernels.attention_out import Out, make_out
 from mlcbuild.compiler.kernels.benchmark import MOST_SEQUENCES, Benchmark, Setting
 from mlcbuild.compiler.kernels.kv_pages import Kind, choose_dtype, make_kind
-from mlcbuild.compiler.kernels.kv_place import BLOCK, ITEM_BYTES, PAGE, VALUE_LANES, Heads, Later, Place
+from mlcbuild.compiler.kernels.kv_place import BLOCK, ITEM_BYTES, PAGE, VALUE_LANES, Heads, Later, Place, count_sums
 from mlcbuild.compiler.kernels.tir import Accumulator, Expr, div, f32, keep, mod, put, put2, spread, vec, vec2
 
-LANES = 16  # whose scores are summed at once: as many vectors as registers hold
 AHEAD = 8704  # bytes from what a few tokens work on to what they ask for
-SUMS = 16  # registers for the results of VALUE_LANES at once
-TASK_LANES = 64  # of one task in a call of MANY tokens; else as few as LANES, for more tasks
+TASK_LANES, FEW_LANES = 64, 16  # of one task in a call of MANY tokens; and in one of less, for more tasks
 MANY = 64
 CHUNK = 512  # tokens of a prompt that a benchmark gives at once
 NOTHING = -1e30  # the score of a position that a token does not see
@@ -81,7 +79,7 @@ def make_attention(h: Heads, *, zero: int | None = None) -> tirx.PrimFunc:
     quantize_rows.py), which saves that matmul a kernel.
     """
     kind = make_kind(h)
-    most, few = max(1, TASK_LANES // h.shared), max(1, LANES // h.shared)
+    most, few = max(1, TASK_LANES // h.shared), max(1, FEW_LANES // h.shared)
 
     def body() -> None:
         n = tir.size("n")
@@ -103,10 +101,10 @@ def make_attention(h: Heads, *, zero: int | None = None) -> tirx.PrimFunc:
                         count = _count_run(positions, rows, first, end)
                         with T.If(count > few):
                             with T.Then():
-                                _Run(call, head, first, count, most, LANES).emit()
+                                _Run(call, head, first, count, most, h.sums).emit()
                             with T.Else(), T.If(count > 1):
                                 with T.Then():
-                                    _Run(call, head, first, count, few, LANES).emit()
+                                    _Run(call, head, first, count, few, h.sums).emit()
                                 with T.Else():
                                     _Run(call, head, first, T.int64(1), 1, _narrow(h)).emit()
                         out.end(count, first, head)
@@ -143,8 +141,8 @@ def _count_run(positions: Expr, rows: Expr, first: Expr, end: Expr) -> Expr:
 
 
 def _narrow(h: Heads) -> int:
-    """Lanes at once for a lone token: its query heads, in equal parts of at most LANES."""
-    parts = -(-h.shared // LANES)
+    """Lanes at once for a lone token: its query heads, in equal parts whose scores are summed at once."""
+    parts = -(-h.shared // h.sums)
     each = -(-h.shared // parts)
     return each if each <= VALUE_LANES else -(-each // VALUE_LANES) * VALUE_LANES
 
@@ -253,7 +251,7 @@ class _Run:
 
         So each is asked for twice, since a processor drops requests that come too fast.
         """
-        if self.most > max(1, self.width // self.shared):
+        if self.most > max(1, FEW_LANES // self.shared):
             return lambda row: None
         wanted = [self._find_ahead(block, pages, b + ahead, values=values) for ahead in self.ahead]
         self.call.kind.ask(wanted[0][0])
@@ -332,7 +330,7 @@ class _Run:
 
     def _add_values(self, block: Expr, pages: Expr, first: Expr) -> None:
         """results[lane][d] of a few lanes, so many columns at a time that their sums stay in registers."""
-        kind, d, count = self.call.kind, self.d, SUMS // self.step * 16
+        kind, d, count = self.call.kind, self.d, self.call.h.sums // self.step * 16
         offsets = [(first + i) * (BLOCK * PAGE) for i in range(self.step)]
         for start in range(0, d, count):
             columns = range(start, min(start + count, d), 16)
@@ -362,7 +360,7 @@ class _Run:
 def list_benchmarks(s: Setting) -> Iterator[Benchmark]:
     """Append, decode of so many sequences, and a prompt's chunk, over shuffled pages; one layer at a time."""
     dtype, vnni = choose_dtype(s.quantization, s.requires), "avx512_vnni" in s.requires
-    h = Heads(1, s.heads, s.kv_heads, s.head_dim, dtype, vnni=vnni)
+    h = Heads(1, s.heads, s.kv_heads, s.head_dim, dtype, vnni=vnni, sums=count_sums(s.requires))
     append, attend = make_rope_append(h), make_attention(h)
     pages = {"pages": _make_codes(h)} if h.dtype == "int8" else {}
     for n in (n for n in s.rows if n <= MOST_SEQUENCES):

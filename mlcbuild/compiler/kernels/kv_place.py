@@ -6,7 +6,7 @@ written, and no result depends on it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from tvm.script.ir_builder import tirx as T
@@ -28,7 +28,7 @@ Sums = list[list[Accumulator]]  # [lane][sixteen columns]
 @dataclass(frozen=True)
 class Heads:
     """Shape of one attention layer and the dtype of its pages. A token sees the last `window` positions, 0 all. `vnni`:
-    whether the processor multiplies bytes by AVX-512 VNNI."""
+    whether the processor multiplies bytes by AVX-512 VNNI. `sums`: see count_sums."""
 
     layers: int
     heads: int
@@ -37,6 +37,7 @@ class Heads:
     dtype: str
     window: int = 0
     vnni: bool = False
+    sums: int = 16
 
     @property
     def width(self) -> int:
@@ -52,6 +53,12 @@ class Heads:
     def shared(self) -> int:
         """Query heads per key/value head."""
         return self.heads // self.kv_heads
+
+
+def count_sums(requires: Collection[str]) -> int:
+    """How many vectors of sixteen float32 sums the registers of a processor hold, with what is added to them: those of
+    AVX2 and NEON are a half and a quarter as long as AVX-512's."""
+    return 16 if "avx512f" in requires else 4
 
 
 @dataclass
