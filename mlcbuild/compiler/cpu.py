@@ -29,7 +29,7 @@ from mlcbuild.compiler.kernels import (
     round_rows,
     sampling,
 )
-from mlcbuild.compiler.kernels.kv_pages import choose_dtype, make_kind
+from mlcbuild.compiler.kernels.kv_pages import choose_dtype, choose_vnni, make_kind
 from mlcbuild.compiler.kernels.kv_place import Heads, count_sums
 from mlcbuild.compiler.lowering import PAGE_SIZE, AttentionShape, Program
 from mlcbuild.errors import CompileError
@@ -310,7 +310,7 @@ class CpuLowering:
 
     def __init__(self, target: Target, quantization: Quantization, layout: str, dot: linear_dot.Dot | None) -> None:
         self.q, self.layout, self.dot, self.knobs = quantization, layout, dot, target.knobs
-        self.avx512, self.vnni = "avx512f" in target.requires, "avx512_vnni" in target.requires
+        self.avx512, self.vnni = "avx512f" in target.requires, choose_vnni(target.requires)
         self.rounds = layout != TILES and linear_bf16.is_chosen(quantization, target.requires)
         self.kv_dtype, self.sums = choose_dtype(quantization, target.requires), count_sums(target.requires)
         self.zero = get_zero(quantization.bits) if layout == TILES else None

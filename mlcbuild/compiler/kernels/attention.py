@@ -23,7 +23,7 @@ from tvm.script.ir_builder import tirx as T
 from mlcbuild.compiler.kernels import tir
 from mlcbuild.compiler.kernels.attention_out import Out, make_out
 from mlcbuild.compiler.kernels.benchmark import MOST_SEQUENCES, Benchmark, Setting
-from mlcbuild.compiler.kernels.kv_pages import Kind, choose_dtype, make_kind
+from mlcbuild.compiler.kernels.kv_pages import Kind, choose_dtype, choose_vnni, make_kind
 from mlcbuild.compiler.kernels.kv_place import BLOCK, ITEM_BYTES, PAGE, VALUE_LANES, Heads, Later, Place, count_sums
 from mlcbuild.compiler.kernels.tir import Accumulator, Expr, div, f32, keep, mod, put, put2, spread, vec, vec2
 
@@ -359,7 +359,7 @@ class _Run:
 
 def list_benchmarks(s: Setting) -> Iterator[Benchmark]:
     """Append, decode of so many sequences, and a prompt's chunk, over shuffled pages; one layer at a time."""
-    dtype, vnni = choose_dtype(s.quantization, s.requires), "avx512_vnni" in s.requires
+    dtype, vnni = choose_dtype(s.quantization, s.requires), choose_vnni(s.requires)
     h = Heads(1, s.heads, s.kv_heads, s.head_dim, dtype, vnni=vnni, sums=count_sums(s.requires))
     append, attend = make_rope_append(h), make_attention(h)
     pages = {"pages": _make_codes(h)} if h.dtype == "int8" else {}

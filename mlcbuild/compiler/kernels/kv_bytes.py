@@ -72,7 +72,7 @@ class Bytes(Wide):
 
 
 class Dots:
-    """Multiplied as integers with AVX-512 VNNI, four at a time; what a dot product adds up lies side by side.
+    """Multiplied as integers with VNNI, four at a time; what a dot product adds up lies side by side.
 
     A K page is [head_dim / 4][16 positions][4] codes plus 128, since one side has no sign; a V page is [8 pairs of
     positions][head_dim][2]. A query is rounded to codes too. A weight is the probability times the scale of its value,
@@ -158,7 +158,7 @@ class Dots:
         return tir.exp2(x)
 
     def score(self, sums: list[Accumulator], queries: Expr, offsets: list[Expr], place: Place, later: Later) -> None:
-        d = self.h.head_dim
+        d, size = self.h.head_dim, 4 * self.h.vnni
         each = d // 4 // STEPS
         totals = [Accumulator(spread(_four(queries, at + d + SCALE_BYTES, "int32")), "int32") for at in offsets]
         # always STEPS, but LLVM does not know: it would ask for all that comes later at once
@@ -167,10 +167,10 @@ class Dots:
                 later(step * (PAGE // STEPS) + i)
             for u in range(each):
                 i = step * each + u
-                k = T.bind(T.reinterpret("uint8x64", place.load(0, 0, i * 64, 64)))
+                k = [T.bind(T.reinterpret(f"uint8x{size}", x)) for x in self._load(place, 0, i * 64, size)]
                 for at, a in zip(offsets, totals, strict=True):
-                    q = T.reinterpret("int8x64", spread(_four(queries, at + i * 4, "int32")))
-                    a.set(tir.call(I32, "x86.avx512.vpdpbusd.512", a.get(), k, q))
+                    q = T.reinterpret(f"int8x{size}", spread(_four(queries, at + i * 4, "int32"), self.h.vnni))
+                    self._add("vpdpbusd", a, k, q)
         scales = _load_scales(place, 0, d)
         for at, a, total in zip(offsets, sums, totals, strict=True):
             a.set(to_f32(total.get()) * (scales * spread(_four(queries, at + d, "float32"))))
@@ -186,16 +186,29 @@ class Dots:
     def add_values(
         self, sums: Sums, columns: range, weights: Expr, offsets: list[Expr], place: Place, written: Expr, later: Later
     ) -> None:
-        d = self.h.head_dim
+        d, size = self.h.head_dim, 2 * self.h.vnni
         with T.serial(div(written + 1, 2)) as pair:  # zero times garbage is zero here
             for i in range(2):
                 later(pair * 2 + i)
-            values = [T.bind(T.cast(place.load(1, 0, pair * (2 * d) + c * 2, 32), "int16x32")) for c in columns]
+            found = [self._load(place, 1, pair * (2 * d) + c * 2, size) for c in columns]
+            values = [[T.bind(T.cast(x, f"int16x{size}")) for x in parts] for parts in found]
             for at, of_lane in zip(offsets, sums, strict=True):
                 p = T.reinterpret("int32", vec(weights, at + pair * 2, 2))
-                p = T.bind(T.reinterpret("int16x32", spread(p)))
+                p = T.bind(T.reinterpret(f"int16x{size}", spread(p, self.h.vnni)))
                 for v, a in zip(values, of_lane, strict=True):
-                    a.set(tir.call(I32, "x86.avx512.vpdpwssd.512", a.get(), v, p))
+                    self._add("vpdpwssd", a, v, p)
+
+    def _load(self, place: Place, kind: int, first: Expr, size: int) -> list[Expr]:
+        """Codes for sixteen sums, as many at once as a product takes."""
+        return [place.load(kind, 0, first + part * size, size) for part in range(PAGE // self.h.vnni)]
+
+    def _add(self, name: str, total: Accumulator, parts: list[Expr], same: Expr) -> None:
+        """Add the products of each part with `same` to its share of sixteen sums."""
+        lanes, sums = self.h.vnni, []
+        for i, part in enumerate(parts):
+            before = tir.shuffle([total.get()], list(range(i * lanes, (i + 1) * lanes)))
+            sums.append(tir.call(f"int32x{lanes}", f"x86.avx512.{name}.{32 * lanes}", before, part, same))
+        total.set(tir.shuffle(sums, list(range(PAGE))))
 
 
 def _load_row(qkv: Expr, m: Expr, first: Expr, column: int) -> Expr:

@@ -11,6 +11,7 @@ from mlcbuild.compiler.kernels.kv_place import Heads
 from mlcbuild.recipes.schema import Quantization
 
 Kind = Wide | Dots
+VNNI = {"avx512_vnni": 16, "avx_vnni": 8}  # see Heads; feature names are those of /proc/cpuinfo, the best first
 
 
 def choose_dtype(q: Quantization, requires: Collection[str]) -> str:
@@ -23,6 +24,11 @@ def choose_dtype(q: Quantization, requires: Collection[str]) -> str:
     if q.dtype != "float32" and q.activations != "float32" and bf16.FEATURE in requires:
         return "bfloat16"
     return "float16" if q.dtype == "bfloat16" else q.dtype
+
+
+def choose_vnni(requires: Collection[str]) -> int:
+    """How bytes are multiplied on a processor with these features: see Heads."""
+    return next((lanes for feature, lanes in VNNI.items() if feature in requires), 0)
 
 
 def make_kind(h: Heads) -> Kind:

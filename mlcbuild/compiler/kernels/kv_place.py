@@ -28,7 +28,8 @@ Sums = list[list[Accumulator]]  # [lane][sixteen columns]
 @dataclass(frozen=True)
 class Heads:
     """Shape of one attention layer and the dtype of its pages. A token sees the last `window` positions, 0 all. `vnni`:
-    whether the processor multiplies bytes by AVX-512 VNNI. `sums`: see count_sums."""
+    how many int32 sums a VNNI product of bytes has: 16 with AVX-512, 8 with AVX-VNNI, 0 where there is none. `sums`:
+    see count_sums."""
 
     layers: int
     heads: int
@@ -36,7 +37,7 @@ class Heads:
     head_dim: int
     dtype: str
     window: int = 0
-    vnni: bool = False
+    vnni: int = 0
     sums: int = 16
 
     @property
