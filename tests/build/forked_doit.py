@@ -68,6 +68,7 @@ class Forge:
 
     def start(self, root: Path, *args: str, kill_at: int = 0, **environment: str) -> int:
         """Begin a build: its process id."""
+        (root / "said").write_bytes(b"")  # not by the build, which may be killed before it comes to that
         order = {"root": str(root), "args": args, "kill_at": kill_at, "environment": environment}
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(order) + "\n")
@@ -115,7 +116,7 @@ def build(order: dict[str, Any]) -> NoReturn:
         root = order["root"]
         os.chdir(root)
         os.environ.update({"PWD": root, "COLUMNS": "200", **order["environment"]})
-        said = os.open("said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
+        said = os.open("said", os.O_WRONLY | os.O_APPEND)
         for number in (1, 2):
             os.dup2(said, number)
         sys.path.insert(0, root)
