@@ -100,7 +100,7 @@ def run_bench(package: Path, variables: Mapping[str, str]) -> None:
         if record["complete"]:
             print_report(record)
             print(f"written to {path.relative_to(root)}")
-        elif record["turns"]:
+        elif record["turns"] or record["overheads"]:
             print_report(record)
             print(f"PARTIAL: what was measured is in {partial.relative_to(root)}", flush=True)
     if wanted.plot is not None:

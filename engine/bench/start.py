@@ -45,8 +45,12 @@ def measure_start(package: Path, rounds: int = ROUNDS) -> Start:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.getenv("PYTHONPATH")])])}
         with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
-            line = process.stdout.readline()
-            seconds = time.perf_counter() - start  # to give the memory back takes longer
+            try:
+                line = process.stdout.readline()
+                seconds = time.perf_counter() - start  # to give the memory back takes longer
+            except BaseException:  # whoever ends us leaves nothing running
+                process.kill()
+                raise
         if process.returncode:
             raise subprocess.CalledProcessError(process.returncode, command)
         found.append(Start(seconds, **json.loads(line)))

@@ -24,13 +24,14 @@ def make_roofline(executor: TvmExecutor, package: Package) -> Roofline:
     from engine.machine import count_cores
     from engine.runtime.memory import get_token_bytes
     from engine.runtime.tvm_executor import make_aligned
-    from mlcbuild.compiler.build import make_tvm_target
+    from mlcbuild.compiler.build import hand_on_interrupts, make_tvm_target
     from mlcbuild.compiler.kernels.benchmark import Unit
     from mlcbuild.compiler.kernels.linear_bf16 import is_chosen
     from mlcbuild.compiler.kernels.peak import OPERATIONS, make_peak
     from mlcbuild.compiler.kernels.read import make_read
     from mlcbuild.recipes.schema import Quantization, Target
 
+    hand_on_interrupts()
     library, cores = package.manifest.library, count_cores()
     where = Target.model_validate(package.manifest.recipes["target"])
     quantization = Quantization.model_validate(package.manifest.recipes["quantization"])

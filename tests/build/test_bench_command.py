@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +25,12 @@ import sys
 from pathlib import Path
 from tasks.bench import run_bench
 run_bench(Path(sys.argv[1]), dict(word.split("=") for word in sys.argv[2:]))
+"""
+DODO = """
+from pathlib import Path
+from tasks.bench import run_bench
+def task_bench():
+    return {"actions": [(run_bench, [Path("artifacts/packages/%s").absolute(), {"rounds": "60", "cases": "decode"}])]}
 """
 KEEP = """
 import time
@@ -77,6 +86,68 @@ def test_an_interrupted_bench_goes_on(tiny_package: Path, tmp_path: Path) -> Non
     assert record["peak_gops"] > 0
     assert record["kernels"]["embedding"] == 1
     assert sorted(path.name for path in reports.iterdir()) == [whole.name, whole.with_suffix(".txt").name]
+
+
+STARTING, ROUNDS = "while another process starts the package", "in the rounds"
+
+
+@pytest.mark.parametrize(
+    ("moment", "number", "how"),
+    [
+        (STARTING, signal.SIGINT, "interrupted"),
+        (STARTING, signal.SIGTERM, "terminated"),
+        (ROUNDS, signal.SIGTERM, "terminated"),
+    ],
+)
+def test_an_ended_bench_leaves_what_it_has_and_no_process(
+    tiny_package: Path, tmp_path: Path, moment: str, number: signal.Signals, how: str
+) -> None:
+    (tmp_path / "artifacts/packages").mkdir(parents=True)
+    (tmp_path / "artifacts/packages" / tiny_package.name).symlink_to(tiny_package)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)  # it names our `doit run`
+    (tmp_path / "dodo.py").write_text(DODO % tiny_package.name)
+    partial = tmp_path / f"artifacts/reports/bench-{tiny_package.name}.partial.json"
+    with subprocess.Popen(
+        [sys.executable, "-m", "doit", "run", "-v2", "bench"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        until = time.monotonic() + 120
+        while not is_at(moment, partial, process.pid):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        process.send_signal(number)
+        said, errors = process.communicate()
+    assert list_session(process.pid) == []
+    assert process.returncode == 130, errors
+    assert errors.endswith(f"\n{how}: finished steps are kept, the same command goes on from here\n")
+    assert "Traceback" not in errors
+    assert said.endswith(f"PARTIAL: what was measured is in artifacts/reports/{partial.name}\n")
+    assert len(json.loads(partial.read_text())["overheads"]) == 6
+
+
+def is_at(moment: str, partial: Path, session: int) -> bool:
+    if not partial.exists():
+        return False
+    record = json.loads(partial.read_text())
+    if moment == ROUNDS:
+        return bool(record["turns"])
+    return len(record["overheads"]) == 6 and len(list_session(session)) > 1
+
+
+def list_session(session: int) -> list[int]:
+    """The processes that it has."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            if int(path.read_text().rpartition(")")[2].split()[3]) == session:
+                found.append(int(path.parent.name))
+    return found
 
 
 @pytest.mark.parametrize(
