@@ -79,6 +79,7 @@ class TvmExecutor:
         names = ["embed", "batch_prefill", "batch_decode", *{HIDDEN, PICK}.intersection(library.functions)]
         self._functions = {name: self._machine[name] for name in names}
         self._logits: Any = None  # of the latest run
+        self._picked: list[int] = []  # the rows that tokens were picked from last
         self._params = make_list([wrap(self._weights[p.name]) for p in library.params])
         made = limits or self._make_limits(library, budget, draft)
         self.limits: Limits = replace(made, hidden_size=self._find_hidden_size(), picks_tokens=PICK in self._functions)
@@ -111,13 +112,16 @@ class TvmExecutor:
 
     def pick_tokens(self, draws: Mapping[int, Draw]) -> list[int]:
         """By the library's own function."""
+        picked = list(draws)
         rows, rows_tensor = self._inputs.take("picked", (len(draws),), np.int32)
-        rows[:] = list(draws)
+        if picked != self._picked:  # seldom; a step has driven numpy's code for it out of the caches: 10 us
+            rows[:] = self._picked = picked
         numbers, numbers_tensor = self._inputs.take("draws", (len(draws), len(Draw._fields)), np.float64)
         numbers[:] = list(draws.values())
         with self._threads.share(PICK, len(draws)):
             tokens: Any = self._functions[PICK](self._logits, rows_tensor, numbers_tensor)
-        return list(np.from_dlpack(tokens).tolist())
+        out: list[int] = np.from_dlpack(tokens).tolist()
+        return out
 
     def run_hidden(self, batch: Batch) -> NDArray[np.float32]:
         """float32 [len(batch.tokens), hidden_size], which is the caller's to keep."""

@@ -135,6 +135,9 @@ def test_tokens_are_those_of_the_latest_logits(tiny_package: Path) -> None:
         best = logits.argmax(axis=1).tolist()
         assert executor.pick_tokens({row: LIKELIEST for row in range(count)}) == best
         assert executor.pick_tokens({count - 1: LIKELIEST}) == best[-1:]
+        order = [*range(count)][::-1]
+        for rows in (order, [0], order, order):  # other ones, and the same as before
+            assert executor.pick_tokens(dict.fromkeys(rows, LIKELIEST)) == [best[row] for row in rows]
     logits[2, 1] = float("nan")
     assert executor.pick_tokens({1: LIKELIEST, 2: LIKELIEST}) == [best[1], -1]
     executor.close()
