@@ -199,10 +199,10 @@ def test_unusable_rows_hurt_no_other(rng):
     assert pick(logits, [2, 0], draws[:2])[0] == UNUSABLE
 
 
-def test_a_row_does_not_depend_on_the_others(rng):
+@pytest.mark.parametrize("vocab", [3001, LARGE])
+def test_a_row_does_not_depend_on_the_others(rng, vocab):
     """Alone on this thread, or with others on several, in any order, twice in a call."""
-    vocab = 3001
-    logits = (rng.normal(size=(20, vocab)) * 2).astype(np.float32)
+    logits = (rng.normal(size=(20, vocab)) * rng.uniform(0.1, 4, (20, 1))).astype(np.float32)
     draws = [make_draw(u, **CUTS[i % len(CUTS)]) for i, u in enumerate(rng.random(40))]
     pick, rows = make_picker(vocab), np.repeat(np.arange(20), 2)
     alone = [int(pick(logits, [row], [draw])[0]) for row, draw in zip(rows, draws, strict=True)]
