@@ -3,10 +3,11 @@
 y[m, n] = sum over chunks of 32 inputs of  scale_w * (stored . x)  (+ bias) (+ y), every sum in float32. Nothing but the
 activations loses a bit: weights are multiplied as stored, codes less their zero point, which bfloat16 holds exactly.
 
-A vector holds two inputs of sixteen output rows, so that one instruction multiplies 32 numbers. One row: a GEMV that
-streams each tile of 16 outputs once. More rows: weight-stationary; a chunk of a tile is unpacked once into sixteen
-registers and meets all rows of a block, partial sums stay in an L1 scratch. Both add in the same order: a row's result
-is the same to the last bit, whatever else is in the batch. rows16_<method>.py knows how weights are stored.
+A vector holds two inputs of sixteen output rows, so that one instruction multiplies 32 numbers. Up to four rows: a
+tile of 16 outputs is streamed once, and the sums stay in registers. More rows: weight-stationary; a chunk of a tile is
+unpacked once into sixteen registers and meets all rows of a block, partial sums stay in an L1 scratch. Both add in the
+same order: a row's result is the same to the last bit, whatever else is in the batch. rows16_<method>.py knows how
+weights are stored.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from mlcbuild.compiler.kernels.tir import LANES, Accumulator, Expr, f32, fma, pu
 from mlcbuild.quantization.layouts.rows16 import storage
 from mlcbuild.recipes.schema import Quantization
 
+IN_REGISTERS = (1, 2, 4)  # rows whose sums stay in registers
 AHEAD = 8192  # bytes of a tile asked for in advance
 
 
@@ -51,11 +53,16 @@ def make_linear(out_features: int, in_features: int, q: Quantization, *, bias: b
         store = tir.make_store(y, b, residual)
         with tir.root():
             tir.begin()
-            with bf16.instructions(), T.parallel(tiles) as tile, T.If(n == 1):
-                with T.Then():
-                    _one_row(weights, x, tile, chunks, store)
-                with T.Else():
-                    _many_rows(weights, x, n, tile, chunks, store)
+            with bf16.instructions(), T.parallel(tiles) as tile:
+
+                def emit(most: int, *more: int) -> None:
+                    with T.If(n <= most):
+                        with T.Then():
+                            _few_rows(weights, x, n, most, tile, chunks, store)
+                        with T.Else():
+                            emit(*more) if more else _many_rows(weights, x, n, tile, chunks, store)
+
+                emit(*IN_REGISTERS)
 
     return tir.make_prim_func(body)
 
@@ -80,11 +87,16 @@ def _add_chunk(total: Expr, pairs: list[Expr], scale: Expr | None, x: Expr, at: 
     return part if scale is None else fma(part, scale, total)
 
 
-def _one_row(weights: Any, x: Expr, tile: Expr, chunks: int, store: Callable[..., None]) -> None:
-    total = Accumulator()
+def _few_rows(weights: Any, x: Expr, n: Expr, most: int, tile: Expr, chunks: int, store: Callable[..., None]) -> None:
+    """One, two or four rows; the last of four may be padding."""
+    totals = [Accumulator() for _ in range(most)]
     with T.serial(chunks) as c:
-        total.set(_add_chunk(total.get(), *_unpack(weights, tile, c), x, c * CHUNK))
-    store(0, tile, total.get())
+        unpacked = _unpack(weights, tile, c)
+        for m, total in enumerate(totals):
+            total.set(_add_chunk(total.get(), *unpacked, x, (c * most + m) * CHUNK))
+    for m, total in enumerate(totals):
+        with T.If(m < n), T.Then():
+            store(m, tile, total.get())
 
 
 def _many_rows(weights: Any, x: Expr, n: Expr, tile: Expr, chunks: int, store: Callable[..., None]) -> None:
