@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 from engine.machine import get_busy_seconds
 
-TIMES = 5  # that either number is run when they are compared, in turn
+TIMES, LONG = 5, 0.25  # that either number is run when they are compared, in turn; seconds that also suffice for one
 SHARE = 0.1  # of the time, what comparisons may cost at first
 SOON, LATE = 0.2, 32  # how much oftener they come when others begin or end, and how much rarer while nothing changes
 GAIN = 0.95  # of the time that a change must save
@@ -82,6 +82,7 @@ class _Choice:
         self._most, self._count = most, most
         self._other: int | None = None
         self._tried = 0  # in vain, since the number was chosen
+        self._times = TIMES
         self._ours: list[float] = []  # seconds of a row, while another number is tried
         self._others: list[float] = []
         self._unused, self.patience = 0.0, 1.0  # seconds since the latest comparison
@@ -95,11 +96,12 @@ class _Choice:
         """What the call that `get` was asked for has taken."""
         if self._other is not None:
             (self._ours if len(self._ours) == len(self._others) else self._others).append(seconds / rows)
-            if len(self._others) == TIMES:
+            if len(self._others) == self._times:
                 self._judge(self._other)
             return
         self._unused += seconds
-        if self._unused >= self.patience * self._loss * TIMES * seconds / SHARE:
+        self._times = min(TIMES, max(1, round(LONG / seconds)))
+        if self._unused >= self.patience * self._loss * self._times * seconds / SHARE:
             others = self._list_others()
             self._other = others[self._tried % len(others)]
 

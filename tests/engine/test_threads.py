@@ -65,6 +65,18 @@ def test_one_thread_fewer_beside_another_program_and_back() -> None:
     assert machine.run(MEMORY, 60) * MEMORY(2) > 0.97
 
 
+def test_long_calls_are_compared_by_one_each() -> None:
+    """A prompt's chunk of half a second beside a program that never rests, and after it."""
+    machine = Machine()
+    machine.run(lambda count: 1.0 / count, 20, "prefill", 2048)
+    begin = len(machine.counts)
+    machine.run(lambda count: 1.0 if count == 1 else 1.5, 6, "prefill", 2048, busy=0.7)
+    assert machine.counts[-1] == 1
+    machine.run(lambda count: 1.0 / count, 5, "prefill", 2048)
+    assert machine.counts[-1] == 2
+    assert len(machine.counts) < begin + 20
+
+
 def test_rare_long_waits_count() -> None:
     """Beside a program that never rests most steps are as fast as ever, and then one waits for its core."""
     machine = Machine()
