@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from engine.machine import get_busy_seconds
 
 TIMES, LONG = 5, 0.25  # that either number is run when they are compared, in turn; seconds that also suffice for one
-SHARE = 0.1  # of the time, what comparisons may cost at first
-SOON, LATE = 0.2, 32  # how much oftener they come when others begin or end, and how much rarer while nothing changes
+SHARE = 0.1  # of the time, what comparisons may cost after a change
+SOON, FIRST, LATE = 0.2, 4.0, 32.0  # how much rarer they are: when others begin or end, first, while nothing changes
 GAIN = 0.95  # of the time that a change must save
 WINDOW, CHANGE = 0.25, 0.25  # seconds between looks at others, and cores more or fewer for them that matter
 ALONE = 8  # rows from where on a step takes as long as it has rows: fewer have a choice each
@@ -85,7 +85,7 @@ class _Choice:
         self._times = TIMES
         self._ours: list[float] = []  # seconds of a row, while another number is tried
         self._others: list[float] = []
-        self._unused, self.patience = 0.0, 1.0  # seconds since the latest comparison
+        self._unused, self.patience = 0.0, FIRST  # seconds since the latest comparison
         self._loss = 1.0  # of the next one, in calls: as if twice as slow, until there was one
 
     def get(self) -> int:

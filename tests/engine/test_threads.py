@@ -72,7 +72,7 @@ def test_long_calls_are_compared_by_one_each() -> None:
     begin = len(machine.counts)
     machine.run(lambda count: 1.0 if count == 1 else 1.5, 6, "prefill", 2048, busy=0.7)
     assert machine.counts[-1] == 1
-    machine.run(lambda count: 1.0 / count, 5, "prefill", 2048)
+    machine.run(lambda count: 1.0 / count, 7, "prefill", 2048)
     assert machine.counts[-1] == 2
     assert len(machine.counts) < begin + 20
 
