@@ -19,7 +19,7 @@ from engine.bench.cases import Case, make_batches
 from engine.runtime.executor import Executor
 
 SETTLE, SECONDS = 1.0, 2.0  # before a measurement, and of it
-CALLS = 6  # at least before one: until the engine has noticed who is there
+CALLS = 8  # at least before one: until the engine has noticed who is there
 PROGRAM = """
 import os, sys, time
 share, parent = float(sys.argv[1]), int(sys.argv[2])

@@ -38,7 +38,7 @@ class Threads:
         self._most, self._limit, self._clock, self._get_others = most, limit, clock, get_others
         self._choices: dict[tuple[str, int], _Choice] = {}
         self._looked, self._others = clock(), get_others()
-        self._level = 0.0  # cores that others had, when that last changed
+        self._level = self._latest = 0.0  # cores that others had when that last changed, and in the latest window
 
     @contextmanager
     def share(self, kind: str, rows: int) -> Iterator[None]:
@@ -65,11 +65,13 @@ class Threads:
             self._look(end)
 
     def _look(self, now: float) -> None:
-        """Have everything tried again when other programs run that did not, or have ended."""
+        """Have everything tried again when other programs run that did not, or have ended: for two windows."""
         others = self._get_others()
         level = (others - self._others) / (now - self._looked)
         self._looked, self._others = now, others
-        if abs(level - self._level) > CHANGE:
+        both = sorted((level - self._level, self._latest - self._level))
+        self._latest = level
+        if both[0] > CHANGE or both[1] < -CHANGE:
             self._level = level
             for choice in self._choices.values():
                 choice.patience = SOON
